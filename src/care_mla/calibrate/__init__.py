@@ -1,0 +1,1 @@
+"""Running sums over calibration text, one decoder layer in memory at a time."""

@@ -1,0 +1,114 @@
+"""`care inspect MODEL`: what a model is and whether it can be converted, from its configuration alone."""
+# Letters: R kv_lora_rank, P qk_rope_head_dim.
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from care_mla import console
+from care_mla.budget import cached_values, resolve_dims
+from care_mla.cli.options import parse
+from care_mla.cli.result import finish
+from care_mla.configs import InspectConfig, PlanConfig, Profile
+from care_mla.errors import OptionError, UnsupportedModelError
+from care_mla.facts import ModelFacts
+from care_mla.plan import profile_blocker
+
+BUDGETS = (1.0, 0.5, 0.25, 0.125)
+PROFILES: tuple[tuple[Profile, str], ...] = (
+    ("deepseek-v3", "transformers"),
+    ("deepseek-v3", "vLLM"),
+    ("deepseek-v3", "SGLang"),
+    ("care", "transformers"),
+)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit code: 2 where the model cannot be converted."""
+    start = time.perf_counter()
+    config = parse(InspectConfig, "inspect", arguments)
+    from care_mla.checkpoint.source import open_source
+
+    try:
+        facts = open_source(config.model, weights=False).facts
+    except UnsupportedModelError as error:
+        finish(
+            config, "inspect", start, {"model": config.model, "supported": False, "blocked_by": str(error)}
+        )
+        raise
+    body = describe(facts)
+    _print(config.model, facts, body)
+    finish(config, "inspect", start, {"model": config.model, "supported": True} | body)
+    return 0
+
+
+def describe(facts: ModelFacts) -> dict[str, Any]:
+    """What the command tells about a model that can be converted, as its JSON holds it."""
+    return {
+        "family": facts.family,
+        "architecture": facts.architecture,
+        "num_hidden_layers": facts.num_hidden_layers,
+        "hidden_size": facts.hidden_size,
+        "num_attention_heads": facts.num_attention_heads,
+        "num_key_value_heads": facts.num_key_value_heads,
+        "head_dim": facts.head_dim,
+        "vocab_size": facts.vocab_size,
+        "max_position_embeddings": facts.max_position_embeddings,
+        "rope_type": facts.rope_type,
+        "sliding_window": facts.sliding_window,
+        "biases": [
+            name for name in ("q_bias", "k_bias", "v_bias", "o_bias", "mlp_bias") if getattr(facts, name)
+        ],
+        "dtype": facts.dtype,
+        "cached_values": facts.cached_values,
+        "ranks": [row for budget in BUDGETS for row in _ranks(facts, budget)],
+        "profiles": [_profile(facts, profile, engine) for profile, engine in PROFILES],
+    }
+
+
+def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
+    """Possible (R, P) of the decoupled form at one budget; none where it is too small."""
+    options = PlanConfig(model="", budget=budget)
+    try:
+        candidates = resolve_dims(facts, options, form="decoupled", method=options.method)
+    except OptionError:
+        return []
+    return [
+        {**dims._asdict(), "budget": budget, "cached_values": cached_values(facts, "decoupled", dims)}
+        for dims in candidates
+    ]
+
+
+def _profile(facts: ModelFacts, profile: Profile, engine: str) -> dict[str, Any]:
+    blocker = profile_blocker(facts, profile, engine=engine)
+    return {"profile": profile, "engine": engine, "possible": blocker is None, "blocked_by": blocker}
+
+
+def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
+    terminal = console.current()
+    biases = ", ".join(body["biases"]) or "none"
+    rows = [
+        ["architecture", f"{facts.architecture} (family {facts.family}): can be converted"],
+        ["layers x hidden size", f"{facts.num_hidden_layers} x {facts.hidden_size}"],
+        ["query heads, KV heads", f"{facts.num_attention_heads}, {facts.num_key_value_heads}"],
+        ["head_dim", facts.head_dim],
+        ["positions", f"{facts.max_position_embeddings:,} (RoPE: {facts.rope_type})"],
+        ["sliding window", facts.sliding_window],
+        ["biases", biases],
+        ["stored as", facts.dtype],
+        ["cached values per token and layer", facts.cached_values],
+        ["cache, bytes per token (16 bit)", 2 * facts.num_hidden_layers * facts.cached_values],
+    ]
+    terminal.table(model, ["", "value"], rows)
+    ranks = [
+        [f"{row['budget']:g}", row["kv_lora_rank"], row["qk_rope_head_dim"], row["cached_values"]]
+        for row in body["ranks"]
+    ]
+    columns = ["--budget", "kv_lora_rank", "qk_rope_head_dim", "cached values"]
+    terminal.table("Possible sizes of an MLA cache (--form decoupled)", columns, ranks)
+    profiles = [
+        [f"{row['profile']} in {row['engine']}", "yes" if row["possible"] else f"no: {row['blocked_by']}"]
+        for row in body["profiles"]
+    ]
+    terminal.table("Profiles", ["profile", "possible"], profiles)

@@ -1,0 +1,1 @@
+"""Factorisation methods: what calibration saw in, factors of every rank out."""

@@ -1,0 +1,36 @@
+"""The device that work runs on, and what it took there."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from care_mla.errors import OptionError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, or a GPU if there is one.
+
+    Raises:
+        OptionError: this machine has no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 0):
+        raise OptionError(
+            f"--device {name}: this machine has {count.get(device.type, 0)} such devices that torch can use. "
+            "Try --device cpu"
+        )
+    return device
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use at any time of this process: of the GPU on a GPU, else resident in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux

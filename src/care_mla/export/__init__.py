@@ -1,0 +1,1 @@
+"""Checkpoints that stock engines load, and the proof that they do."""

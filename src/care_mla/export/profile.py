@@ -1,0 +1,79 @@
+"""Which profile and dtype a conversion is written in, decided before any work, and the writer of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, assert_never
+
+import torch
+
+from care_mla import console
+from care_mla.configs import METHOD_ALLOCATION, PER_LAYER_ALLOCATIONS, PlanConfig, Profile
+from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
+from care_mla.export.hf import write_latent_checkpoint
+from care_mla.export.latent_norm import refuse_float16
+from care_mla.factors import LatentLayer
+from care_mla.facts import ModelFacts
+from care_mla.mla.mapping import class_names
+from care_mla.plan import profile_blocker
+
+if TYPE_CHECKING:
+    from care_mla.checkpoint.source import Source
+
+
+def pick_dtype(facts: ModelFacts, config: PlanConfig) -> torch.dtype:
+    """The dtype of the weights written: what was asked for, or the source's.
+
+    float16 cannot hold the small latent of stock classes, so a float16 source is written in bfloat16 unless
+    asked otherwise; a warning says so.
+    """
+    name = config.dtype or facts.dtype
+    if name == "float16":
+        console.current().warn(
+            "the original is float16, which cannot hold a converted model's latent; written in bfloat16, "
+            "with 3 bits less of each weight. Keep them with --dtype float32"
+        )
+        name = "bfloat16"
+    dtype = getattr(torch, name)
+    refuse_float16(dtype)
+    return dtype
+
+
+def pick_profile(facts: ModelFacts, config: PlanConfig) -> Profile:
+    """The profile asked for, or the stock one if it can express the model.
+
+    Raises:
+        ExportError: the profile asked for cannot.
+        UnsupportedModelError: none can.
+    """
+    spread = METHOD_ALLOCATION.get(config.method, config.allocation)
+    if config.profile == "deepseek-v3":
+        check_deepseek(facts, config.form, dtype=torch.float32)
+        return config.profile
+    stock = config.profile is None and config.form == "decoupled" and spread not in PER_LAYER_ALLOCATIONS
+    if stock:
+        blocker = profile_blocker(facts, "deepseek-v3")
+        if blocker is None:
+            return "deepseek-v3"
+        console.current().warn(f"written for our own class (profile care), not for stock engines: {blocker}")
+    class_names(facts)
+    return "care"
+
+
+def write_checkpoint(
+    profile: Profile,
+    source: Source,
+    layers: Callable[[int], LatentLayer],
+    folder: Path,
+    dtype: torch.dtype,
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """Write the converted model; returns what the exporter decided."""
+    match profile:
+        case "deepseek-v3":
+            return write_deepseek_checkpoint(source, layers, folder, dtype, advance)
+        case "care":
+            return write_latent_checkpoint(source, layers, folder, dtype, advance)
+        case _:
+            assert_never(profile)

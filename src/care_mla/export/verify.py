@@ -1,0 +1,238 @@
+"""Does an engine compute what the factors say? The reference stored with a model, and the comparison.
+
+Writes `care_reference/reference.safetensors` into the output folder: token ids, the logits of the reference
+forward and of the original, and a greedy continuation. `verify` reads it, and what an engine gives in a
+process of its own. The subfolder keeps it from engines that load every safetensors file beside `config.json`.
+"""
+# Shapes: B sequences, L positions, S vocabulary, T greedy steps.
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from care_mla.configs import VerifyConfig
+from care_mla.errors import CareError, CheckpointError
+from care_mla.export.engine_transformers import METADATA_KEY, REFERENCE
+from care_mla.factors import LatentLayer
+from care_mla.mla.reference import Reference
+from care_mla.workspace import save_tensors
+
+if TYPE_CHECKING:
+    from care_mla.checkpoint.source import Source
+
+ENGINE_SCRIPT = Path(__file__).with_name("engine_transformers.py")
+# Largest relative error of logits. Float32 gives about 2e-6; a wrong eps, RoPE layout or scale 0.2 and more.
+# The rounding of weights to bfloat16 is a part of the file, and moves logits by half to three per cent.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredReference:
+    """What `store_reference` wrote. `cached_values` has an entry for each layer."""
+
+    tokens_BL: Tensor
+    reference_BLS: Tensor
+    original_BLS: Tensor
+    greedy_T: Tensor
+    greedy_logits_TS: Tensor
+    form: str
+    dtype: str
+    tolerance: float
+    cached_values: list[int]
+
+
+def store_reference(
+    folder: Path,
+    source: Source,
+    layers: Callable[[int], LatentLayer],
+    tokens_BL: Tensor,
+    *,
+    num_greedy: int = 24,
+    num_layers: int | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Compute the reference in float64 and store it with a converted model.
+
+    Args:
+        folder: with the `config.json` of the export; it may be unfinished.
+        layers: gives the factored layer of a 0-based index.
+        tokens_BL: token ids; the greedy continuation goes on from the first row.
+        num_greedy: tokens of that continuation.
+        num_layers: only so many of the first layers, for models too large to run whole; `verify` then cuts
+            the engine's model too.
+        device: where the reference runs.
+    """
+    facts = source.facts
+    kept = facts.num_hidden_layers if num_layers is None else num_layers
+    reference = Reference(source, layers, device, num_layers=kept)
+    greedy = reference.greedy(tokens_BL[0], num_greedy)
+    tensors = {
+        "tokens_BL": tokens_BL,
+        "reference_BLS": reference.logits(tokens_BL).float(),
+        "original_BLS": Reference(source, None, device, num_layers=kept).logits(tokens_BL).float(),
+        "greedy_T": greedy.tokens_T,
+        "greedy_logits_TS": greedy.logits_TS.float(),
+    }
+    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
+    metadata = {
+        "form": layers(0).form,
+        "dtype": dtype,
+        "tolerance": TOLERANCES[dtype],
+        "cached_values": [layers(layer_idx).cached_values for layer_idx in range(kept)],
+        "num_layers": kept,
+        "is_slice": kept < facts.num_hidden_layers,
+    }
+    save_tensors(folder / REFERENCE, tensors, metadata={METADATA_KEY: json.dumps(metadata)})
+
+
+def read_reference(folder: Path) -> StoredReference:
+    """What `store_reference` wrote.
+
+    Raises:
+        CheckpointError: the folder is no converted model, or holds no reference.
+    """
+    again = f"Convert it again: care convert MODEL {folder} --overwrite"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json, so it is no model. Name a folder that care convert wrote, or "
+            f"make one: care convert MODEL {folder}"
+        )
+    path = folder / REFERENCE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing, so there is nothing to compare with: care convert stores it with every "
+            f"model. {again}"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            stored = json.loads(file.metadata()[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): it is cut off or corrupt. {again}"
+        ) from error
+    fields = {name: stored[name] for name in ("form", "dtype", "tolerance", "cached_values")}
+    return StoredReference(**tensors, **fields)
+
+
+def verify(config: VerifyConfig) -> dict[str, Any]:
+    """Load a converted model in a fresh process without care_mla, and compare it with the reference.
+
+    Weights are loaded in float32, so what differs is the export itself: its layout, scales and rounding.
+
+    Returns:
+        See `judge`.
+
+    Raises:
+        CareError: the folder or the engine cannot be used; the message says what to type.
+    """
+    if config.engine != "transformers":
+        raise CareError(
+            f"--engine {config.engine} cannot be checked yet: it comes with GGUF export. The same weights "
+            f"can be checked now with: care verify {config.model} --engine transformers"
+        )
+    stored = read_reference(config.model)
+    tensors, metadata = _fresh_process(config.model)
+    return {"engine": config.engine, **judge(stored, tensors, metadata)}
+
+
+def _fresh_process(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as temporary:
+        result = Path(temporary) / "result.safetensors"
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            # A model's code is copied here before it runs; an older copy must not take its place.
+            "HF_MODULES_CACHE": temporary,
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
+        done = subprocess.run(
+            [sys.executable, "-I", str(ENGINE_SCRIPT), str(folder.absolute()), str(result)],
+            env=environment, cwd=temporary, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise CheckpointError(
+                f"{folder}: transformers cannot load or run it ({lines[-1]}). Its files are damaged or were "
+                "changed, or this machine has too little memory. Convert it again: care convert MODEL "
+                f"{folder} --overwrite"
+            )
+        with safe_open(result, "pt") as file:
+            metadata = json.loads(file.metadata()[METADATA_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def judge(stored: StoredReference, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Compare what an engine gave with the reference.
+
+    Passed are relative errors of the logits within the stored tolerance (1e-4 for float32 weights, 5e-2 for
+    bfloat16, whose rounding is a part of the file), a cache of the stored size, the stored weights and no
+    others, and the same greedy text. In bfloat16 the texts may part where the reference's own margin between
+    the two tokens is smaller than twice the largest error of a logit: rounding alone explains that.
+
+    Args:
+        tensors: `logits_BLS` and `greedy_T` of the engine.
+        metadata: `class`, `cached_values` of each layer and `problems` with weights.
+
+    Returns:
+        `relative_error`, `max_abs_logprob_difference`, `greedy_equal`, `cached_values` (mean over layers),
+        `kl_to_original` (mean KL(original || engine), nats per token), `passed`, the engine's `class`, and
+        `problems`, why it did not pass.
+    """
+    logits_BLS, reference_BLS = tensors["logits_BLS"], stored.reference_BLS
+    problems = list(metadata["problems"])
+    difference_BLS = logits_BLS - reference_BLS
+    relative_error = (difference_BLS.norm() / reference_BLS.norm()).item()
+    if not relative_error <= stored.tolerance:
+        problems.append(
+            f"relative error {relative_error:.2g} is above {stored.tolerance:g} for {stored.dtype}"
+        )
+    if metadata["cached_values"] != stored.cached_values:
+        problems.append(f"cached values {metadata['cached_values']}, expected {stored.cached_values}")
+    greedy_equal = torch.equal(tensors["greedy_T"], stored.greedy_T)
+    excused = stored.dtype == "bfloat16" and _parts_within(stored, tensors["greedy_T"], difference_BLS)
+    if not greedy_equal and not excused:
+        problems.append("the greedy continuation is another one")
+    largest, kl = 0.0, 0.0
+    for engine_LS, reference_LS, original_LS in zip(
+        logits_BLS, reference_BLS, stored.original_BLS, strict=True
+    ):
+        log_engine_LS = engine_LS.double().log_softmax(-1)
+        log_original_LS = original_LS.double().log_softmax(-1)
+        gap_LS = (log_engine_LS - reference_LS.double().log_softmax(-1)).abs()
+        largest = max(largest, gap_LS.max().item())
+        kl += (log_original_LS.exp() * (log_original_LS - log_engine_LS)).sum().item()
+    cached = sum(metadata["cached_values"]) / len(metadata["cached_values"])
+    return {
+        "class": metadata["class"],
+        "relative_error": relative_error,
+        "max_abs_logprob_difference": largest,
+        "greedy_equal": greedy_equal,
+        "cached_values": int(cached) if cached.is_integer() else cached,
+        "kl_to_original": kl / stored.tokens_BL.numel(),
+        "passed": not problems,
+        "problems": problems,
+    }
+
+
+def _parts_within(stored: StoredReference, greedy_T: Tensor, difference_BLS: Tensor) -> bool:
+    """Whether rounding explains where two continuations part, if they do."""
+    parting = (greedy_T != stored.greedy_T).nonzero()
+    if len(parting) == 0:
+        return True
+    step = int(parting[0])
+    logits_S = stored.greedy_logits_TS[step]
+    margin = logits_S[stored.greedy_T[step]] - logits_S[greedy_T[step]]
+    return bool(margin <= 2 * difference_BLS.abs().max())

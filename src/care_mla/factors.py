@@ -1,0 +1,88 @@
+"""The converted attention of one layer, in the source model's own scale and RoPE layout.
+
+Every method of every form ends here, and everything downstream (reference forward, our own class, the
+exporters) starts here. Written to `layers/layer_00.safetensors` in the work folder.
+"""
+# Shapes: D hidden_size, N query heads, G KV heads, H head_dim, R kv_lora_rank, M qk_nope_head_dim,
+#         P qk_rope_head_dim, J rope-key heads (0, 1 or G), F frequencies (P/2).
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from care_mla.configs import Form
+from care_mla.workspace import save_tensors
+
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentLayer:
+    """One layer's latent attention; the softmax scale stays the source's, 1/sqrt(H) and RoPE's own scaling.
+
+    All forms cache `latent = down x` (R values) and, where J > 0, the rotated `k_rope x` (J * P values) per
+    token. Values are `up_v latent + v_bias`.
+
+    - exact-rope (J = 0): key = rope(up_k latent + k_bias), query = rope(q_rope x + q_rope_bias); M = P = H.
+    - decoupled (J = 1) and partial-rope (J = G): key = [up_k latent ; rope(k_rope x + k_rope_bias)],
+      query = [q_nope x + q_nope_bias ; rope(q_rope x + q_rope_bias)]; there k_bias is None, since softmax
+      drops what is the same for every key.
+
+    RoPE pairs are half-split (i, i + P/2) and pair i of rope-key head j turns by `inv_freq_JF[j, i]` per
+    position.
+    """
+
+    form: Form
+    down_RD: Tensor
+    up_k_GMR: Tensor
+    up_v_GHR: Tensor
+    q_rope_NPD: Tensor
+    inv_freq_JF: Tensor
+    q_nope_NMD: Tensor | None = None
+    k_rope_JPD: Tensor | None = None
+    q_rope_bias_NP: Tensor | None = None
+    q_nope_bias_NM: Tensor | None = None
+    k_rope_bias_JP: Tensor | None = None
+    k_bias_GM: Tensor | None = None
+    v_bias_GH: Tensor | None = None
+
+    @property
+    def kv_lora_rank(self) -> int:
+        """Width R of the latent."""
+        return self.down_RD.shape[0]
+
+    @property
+    def qk_rope_head_dim(self) -> int:
+        """Width P of one rope key; 0 in the exact-rope form, where keys are rebuilt and then rotated."""
+        return 0 if self.k_rope_JPD is None else self.k_rope_JPD.shape[1]
+
+    @property
+    def cached_values(self) -> int:
+        """Cached values per token: R + J * P."""
+        rope = 0 if self.k_rope_JPD is None else self.k_rope_JPD.shape[0] * self.k_rope_JPD.shape[1]
+        return self.kv_lora_rank + rope
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by field name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LatentLayer:
+        """The same layer on another device or in another dtype."""
+        return replace(self, **{name: t.to(device=device, dtype=dtype) for name, t in self.tensors().items()})
+
+    def save(self, path: Path) -> None:
+        """Write the layer to one safetensors file, atomically."""
+        save_tensors(path, self.tensors(), metadata={"form": self.form})
+
+    @classmethod
+    def load(cls, path: Path) -> LatentLayer:
+        """Read a layer that `save` wrote."""
+        with safe_open(path, "pt") as file:
+            form = file.metadata()["form"]
+            return cls(form=form, **{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

@@ -1,0 +1,102 @@
+"""RoPE as the configuration says it: one spelling for old and new keys, and the angles. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from care_mla.errors import UnsupportedModelError
+from care_mla.facts import ModelFacts
+
+DEFAULT_THETA = 10000.0  # transformers' default for all supported families
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The `rope_parameters` of a configuration, from `rope_theta` and `rope_scaling` in the old spelling.
+
+    Precedence is transformers': `rope_scaling`, when set, replaces `rope_parameters`, and keys inside win
+    over keys beside them.
+
+    Args:
+        config: complete but for RoPE.
+        where: how error messages call the model.
+
+    Raises:
+        UnsupportedModelError: RoPE is neither plain nor llama3, or turns only a part of the head.
+    """
+    found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise UnsupportedModelError(
+            f"{where}: rope_parameters differ between kinds of layers ({', '.join(found)}). One latent rope "
+            "key needs one table of angles. Choose a model with the same RoPE in all layers."
+        )
+    rope_type = found.get("rope_type", found.get("type", "default"))
+    theta = found.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
+    partial = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise UnsupportedModelError(
+            f"{where}: partial_rotary_factor is {partial}: only a part of each head is rotated, which the "
+            "conversion does not represent. Choose a model that rotates whole heads."
+        )
+    if rope_type not in ("default", "llama3"):
+        raise UnsupportedModelError(
+            f"{where}: rope_type is {rope_type!r}. Only 'default' and 'llama3' give angles that stay exact "
+            "after the conversion. Choose the model without RoPE scaling, often the same checkpoint before "
+            "its context extension."
+        )
+    if not isinstance(theta, int | float) or theta <= 1:
+        raise UnsupportedModelError(
+            f"{where}: rope_theta is {theta!r}, expected a number above 1. Correct config.json."
+        )
+    parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": float(theta)}
+    if rope_type == "llama3":
+        parameters |= _llama3(found, config, where)
+    return parameters
+
+
+def _llama3(found: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    values: dict[str, Any] = {key: found.get(key) for key in LLAMA3_KEYS}
+    # transformers gives precedence to the key beside rope_parameters, and falls back to the context length.
+    beside = config.get("original_max_position_embeddings")
+    values["original_max_position_embeddings"] = (
+        beside or values["original_max_position_embeddings"] or config["max_position_embeddings"]
+    )
+    wrong = [key for key, value in values.items() if not isinstance(value, int | float) or value <= 0]
+    if wrong:
+        raise UnsupportedModelError(
+            f"{where}: llama3 RoPE without a valid {', '.join(wrong)} (found {dict(found)}). Its angles are "
+            "undefined. Correct rope_parameters in config.json."
+        )
+    if values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise UnsupportedModelError(
+            f"{where}: llama3 RoPE with high_freq_factor {values['high_freq_factor']} not above "
+            f"low_freq_factor {values['low_freq_factor']}. Its angles are undefined. Correct rope_parameters "
+            "in config.json."
+        )
+    return values
+
+
+def rotary_frequencies(facts: ModelFacts) -> list[float]:
+    """Angles in radians per position of the H/2 pairs (i, i + H/2) of a head, llama3's scaling included.
+
+    RoPE's amplitude (transformers' `attention_scaling`) is 1 for every supported type.
+    """
+    theta = facts.rope_theta
+    plain = [theta ** (-2 * i / facts.head_dim) for i in range(facts.head_dim // 2)]
+    match facts.rope_type:
+        case "default":
+            return plain
+        case "llama3":
+            return [llama3_frequency(angle, facts.rope_parameters) for angle in plain]
+        case other:
+            raise AssertionError(other)
+
+
+def llama3_frequency(angle: float, parameters: Mapping[str, Any]) -> float:
+    """One angle scaled as in Llama 3.1: low ones by 1/factor, high ones kept, a ramp between."""
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * angle / (2 * math.pi)
+    kept = min(1.0, max(0.0, (turns - low) / (high - low)))
+    return angle * (kept + (1 - kept) / parameters["factor"])

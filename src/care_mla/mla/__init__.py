@@ -1,0 +1,1 @@
+"""The latent attention itself: factors, reference forward, our transformers class."""

@@ -1,0 +1,165 @@
+"""`convert`: the order of the steps, and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from care_mla import console as terminal
+from care_mla.calibrate.layers import LayerStack
+from care_mla.calibrate.run import calibrate, whole_model_fits
+from care_mla.checkpoint.source import Source, open_source
+from care_mla.checkpoint.writer import atomic_folder, require_disk
+from care_mla.configs import ConvertConfig, VerifyConfig
+from care_mla.decompose.layer_inputs import CalibratedLayers
+from care_mla.decompose.methods import method_function, variants
+from care_mla.device import peak_memory, pick_device
+from care_mla.export.card import Card, write_card
+from care_mla.export.profile import pick_dtype, pick_profile, write_checkpoint
+from care_mla.export.verify import store_reference, verify
+from care_mla.factors import LatentLayer
+from care_mla.mla.choose import Choice, candidates, choose
+from care_mla.plan import plan
+from care_mla.recipe import recipe_text
+from care_mla.versions import versions
+from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, write_json, write_text
+
+# What `verify` compares: few tokens, since their logits over the whole vocabulary are stored with the model.
+VERIFY_BLOCKS, VERIFY_LENGTH = 2, 48
+SLICE_LAYERS = 2
+
+
+def convert(config: ConvertConfig) -> dict[str, Any]:
+    """Convert a model as the options say, check what was written, and return the result for JSON.
+
+    Raises:
+        CareError: whatever stands in the way; before any work where it can be known.
+    """
+    config.check_paths()
+    stages = Stages()
+    console = terminal.current()
+    terminal.silence_transformers()
+    with stages("check"):
+        source = open_source(config.model, trust_remote_code=config.trust_remote_code)
+        device = pick_device(config.device)
+        wanted = variants(source.facts, config, form=config.form, method=config.method)
+        profile = pick_profile(source.facts, config)
+        dtype = pick_dtype(source.facts, config)
+        planned = plan(source.facts, config, device=device.type)
+        require_disk(config.output.absolute().parent, planned.disk_bytes)
+        source.check()
+        workspace = Workspace(config.work or config.output.with_name(config.output.name + ".work"))
+        _check_values(source, workspace)
+    for warning in planned.warnings:
+        console.warn(warning)
+    stack = LayerStack(source, device=device)
+    with stages("calibrate"):
+        blocks = calibrate(stack, config, workspace, console)
+    inputs = CalibratedLayers(source, workspace, stack.inv_freq_F, damping=config.damping, device=device)
+    with stages("choose"):
+        open_choices = candidates(wanted, config.allocation, inputs, per_layer=profile == "care")
+        title = f"Choosing between {len(open_choices)} candidates on held-out text"
+        with console.progress(title, stack.num_layers + 1) as progress:
+            (choice,) = choose(stack, inputs, [open_choices], blocks.held_out_BL, workspace, progress.advance)
+    with stages("factor"), console.progress(f"Factoring: {choice.label}", stack.num_layers) as progress:
+        layers, layer_rows = _factor(choice, inputs, workspace, progress.advance)
+    with stages("export"), atomic_folder(config.output, config.overwrite) as folder:
+        with console.progress(f"Writing {config.output}", stack.num_layers) as progress:
+            exported = write_checkpoint(profile, source, layers, folder, dtype, progress.advance)
+        console.step("Computing the reference in float64")
+        tokens_BL = blocks.held_out_BL[:VERIFY_BLOCKS, :VERIFY_LENGTH]
+        num_layers = None if whole_model_fits(source, device) else min(SLICE_LAYERS, stack.num_layers)
+        store_reference(folder, source, layers, tokens_BL, device=device, num_layers=num_layers)
+        write_text(folder / "recipe.yaml", recipe_text(config))
+    with stages("verify"):
+        console.step("Verifying in a fresh process without care_mla")
+        verdict = verify(VerifyConfig(model=config.output, quiet=config.quiet))
+    result = {
+        "cached_values": {"original": source.facts.cached_values, "converted": verdict["cached_values"]},
+        "kv_lora_rank": choice.kv_lora_rank,
+        "qk_rope_head_dim": choice.variant.qk_rope_head_dim,
+        "freqfold": choice.variant.freqfold,
+        "form": config.form,
+        "method": config.method,
+        "allocation": choice.allocation,
+        "profile": profile,
+        "held_out_kl": choice.held_out_kl,
+        "output": str(config.output),
+        "stages": stages.seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "export": exported,
+        "layers": layer_rows,
+        "verify": verdict,
+    }
+    card = Card(
+        name=config.output.name,
+        original=source.name,
+        profile=profile,
+        form=config.form,
+        method=config.method,
+        kv_lora_rank=choice.kv_lora_rank,
+        qk_rope_head_dim=choice.variant.qk_rope_head_dim,
+        cached_values=(source.facts.cached_values, verdict["cached_values"]),
+        kl_held_out=choice.held_out_kl,
+        verify=verdict,
+        recipe=recipe_text(config),
+        versions=versions(),
+        fingerprints={"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash},
+        warnings=console.warnings,
+    )
+    write_card(config.output, card)
+    return result
+
+
+def _check_values(source: Source, workspace: Workspace) -> None:
+    """Every weight is finite; once checked, the work folder remembers."""
+    path = workspace.path(f"weights_{source.fingerprint()}.json")
+    if path.exists():
+        return
+    with terminal.current().progress("Checking weights", len(source.names())) as progress:
+        source.check_values(lambda done, total: progress.advance())
+    write_json(path, {"finite": True})
+
+
+def _factor(
+    choice: Choice, inputs: CalibratedLayers, workspace: Workspace, advance: Callable[[], None]
+) -> tuple[Callable[[int], LatentLayer], list[dict[str, Any]]]:
+    """Factor every layer, once; returns how to read the factors back, and the rows about them."""
+    folder = f"layers_{fingerprint([choice.label, choice.ranks, inputs.damping])}"
+    factor = method_function(choice.variant)
+    rows = []
+    for layer_idx, ranks in enumerate(choice.ranks):
+        row_path = workspace.path(folder, f"{layer_file(layer_idx)}.json")
+        if not row_path.exists():
+            layer_inputs = inputs[layer_idx]
+            decomposition = factor(layer_inputs)
+            latent = decomposition.cut(ranks)
+            latent.to("cpu").save(workspace.path(folder, layer_file(layer_idx)))
+            spectra = [spectrum.cpu() for spectrum in decomposition.spectra]
+            lost = sum(float(s[rank:].sum()) for s, rank in zip(spectra, ranks, strict=True))
+            row = {
+                "rank": sum(ranks),
+                "ranks": list(ranks),
+                "predicted_error": lost / sum(float(s.sum()) for s in spectra),
+                "spectrum": [s.tolist() for s in spectra] if len(spectra) > 1 else spectra[0].tolist(),
+                "gamma": layer_inputs.gamma_NF.abs().mean(0).tolist(),
+            }
+            write_json(row_path, row)
+        rows.append(read_json(row_path))
+        advance()
+    return lambda layer_idx: LatentLayer.load(workspace.path(folder, layer_file(layer_idx))), rows
+
+
+class Stages:
+    """Seconds of each stage, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,104 @@
+"""Names that users type: public API, commands, and their options. A change here must be deliberate."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import care_mla
+from care_mla.cli.main import COMMANDS, help_text
+from care_mla.configs import (
+    CompareConfig,
+    ConvertConfig,
+    DemoConfig,
+    EvaluateConfig,
+    InspectConfig,
+    PlanConfig,
+    VerifyConfig,
+)
+
+CONFIGS = {
+    "inspect": InspectConfig,
+    "plan": PlanConfig,
+    "convert": ConvertConfig,
+    "compare": CompareConfig,
+    "evaluate": EvaluateConfig,
+    "verify": VerifyConfig,
+    "demo": DemoConfig,
+}
+CALIBRATION = (
+    "model budget kv_lora_rank qk_rope_head_dim allocation dtype recipe calibration calibration_tokens "
+    "sequence_length work max_spool_gib damping seed device trust_remote_code quiet json"
+)
+OPTIONS = {
+    "inspect": "quiet json model",
+    "plan": f"{CALIBRATION} form method profile",
+    "convert": f"{CALIBRATION} form method profile output overwrite",
+    "compare": f"{CALIBRATION} methods form perplexity block max_tokens",
+    "evaluate": "quiet json models perplexity block max_tokens device trust_remote_code",
+    "verify": "quiet json model engine",
+    "demo": "quiet json folder overwrite",
+}
+
+
+def test_public_names() -> None:
+    assert care_mla.__all__ == [
+        "__version__",
+        "CareError",
+        "CompareConfig",
+        "ConvertConfig",
+        "VerifyConfig",
+        "compare",
+        "convert",
+        "verify",
+    ]
+
+
+@pytest.mark.parametrize("name", care_mla.__all__)
+def test_every_public_name_can_be_had(name: str) -> None:
+    assert getattr(care_mla, name) is not None
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(AttributeError, match="ConvertConfig"):
+        care_mla.transform  # noqa: B018
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_every_command(command: str) -> None:
+    assert [f.name for f in fields(CONFIGS[command])] == OPTIONS[command].split()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_and_explains_every_option(command: str) -> None:
+    code = "import sys; from care_mla.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert f"usage: care {command}" in text
+    for f in fields(CONFIGS[command]):
+        is_argument = f.name in ("model", "models", "output", "folder")
+        shown = f.name.removesuffix("s").upper() if is_argument else f"--{f.name.replace('_', '-')}"
+        assert shown in text, f"{shown} is missing from the help"
+    assert "(default: None) (default" not in text
+
+
+def test_list_of_commands() -> None:
+    lines = help_text().splitlines()
+    assert all(len(line) < 100 for line in lines)
+    assert [line.split()[0] for line in lines if line.startswith("  ")] == list(COMMANDS)
+    files = {path.stem for path in (Path(care_mla.__file__).parent / "cli").glob("*.py")}
+    assert files - {"__init__", "main", "options", "result"} == set(COMMANDS)
+
+
+def test_modules_begin_with_what_they_are_for_and_stay_short() -> None:
+    for path in Path(care_mla.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith('"""'), f"{path}: no docstring"
+        assert text.count("\n") <= 400, f"{path}: over 400 lines"
