@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from care_mla import console as terminal
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.run import calibrate, whole_model_fits
-from care_mla.checkpoint.source import Source, open_source
-from care_mla.checkpoint.writer import atomic_folder, require_disk
+from care_mla.checkpoint.finite import require_finite
+from care_mla.checkpoint.source import DEMO, Source, open_source
+from care_mla.checkpoint.writer import atomic_folder, check_output, require_disk
 from care_mla.configs import ConvertConfig, VerifyConfig
 from care_mla.decompose.layer_inputs import CalibratedLayers
 from care_mla.decompose.methods import method_function, variants
 from care_mla.device import peak_memory, pick_device
+from care_mla.errors import OptionError
 from care_mla.export.card import Card, write_card
 from care_mla.export.profile import pick_dtype, pick_profile, write_checkpoint
 from care_mla.export.verify import store_reference, verify
@@ -48,10 +51,10 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         profile = pick_profile(source.facts, config)
         dtype = pick_dtype(source.facts, config)
         planned = plan(source.facts, config, device=device.type)
-        require_disk(config.output.absolute().parent, planned.disk_bytes)
-        source.check()
         workspace = Workspace(config.work or config.output.with_name(config.output.name + ".work"))
-        _check_values(source, workspace)
+        _check_places(config, workspace.folder, planned.disk)
+        source.check()
+        require_finite(source, workspace)
     for warning in planned.warnings:
         console.warn(warning)
     stack = LayerStack(source, device=device)
@@ -65,62 +68,78 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             (choice,) = choose(stack, inputs, [open_choices], blocks.held_out_BL, workspace, progress.advance)
     with stages("factor"), console.progress(f"Factoring: {choice.label}", stack.num_layers) as progress:
         layers, layer_rows = _factor(choice, inputs, workspace, progress.advance)
-    with stages("export"), atomic_folder(config.output, config.overwrite) as folder:
-        with console.progress(f"Writing {config.output}", stack.num_layers) as progress:
-            exported = write_checkpoint(profile, source, layers, folder, dtype, progress.advance)
-        console.step("Computing the reference in float64")
-        tokens_BL = blocks.held_out_BL[:VERIFY_BLOCKS, :VERIFY_LENGTH]
-        num_layers = None if whole_model_fits(source, device) else min(SLICE_LAYERS, stack.num_layers)
-        store_reference(folder, source, layers, tokens_BL, device=device, num_layers=num_layers)
-        write_text(folder / "recipe.yaml", recipe_text(config))
-    with stages("verify"):
-        console.step("Verifying in a fresh process without care_mla")
-        verdict = verify(VerifyConfig(model=config.output, quiet=config.quiet))
-    result = {
-        "cached_values": {"original": source.facts.cached_values, "converted": verdict["cached_values"]},
-        "kv_lora_rank": choice.kv_lora_rank,
-        "qk_rope_head_dim": choice.variant.qk_rope_head_dim,
-        "freqfold": choice.variant.freqfold,
-        "form": config.form,
-        "method": config.method,
-        "allocation": choice.allocation,
-        "profile": profile,
-        "held_out_kl": choice.held_out_kl,
-        "output": str(config.output),
-        "stages": stages.seconds,
-        "peak_memory_bytes": peak_memory(device),
-        "export": exported,
-        "layers": layer_rows,
-        "verify": verdict,
-    }
-    card = Card(
-        name=config.output.name,
-        original=source.name,
-        profile=profile,
-        form=config.form,
-        method=config.method,
-        kv_lora_rank=choice.kv_lora_rank,
-        qk_rope_head_dim=choice.variant.qk_rope_head_dim,
-        cached_values=(source.facts.cached_values, verdict["cached_values"]),
-        kl_held_out=choice.held_out_kl,
-        verify=verdict,
-        recipe=recipe_text(config),
-        versions=versions(),
-        fingerprints={"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash},
-        warnings=console.warnings,
-    )
-    write_card(config.output, card)
+    with atomic_folder(config.output, config.overwrite) as folder:
+        with stages("export"):
+            with console.progress(f"Writing {config.output}", stack.num_layers) as progress:
+                exported = write_checkpoint(profile, source, layers, folder, dtype, progress.advance)
+            console.step("Computing the reference in float64")
+            tokens_BL = blocks.held_out_BL[:VERIFY_BLOCKS, :VERIFY_LENGTH]
+            num_layers = None if whole_model_fits(source, device) else min(SLICE_LAYERS, stack.num_layers)
+            store_reference(folder, source, layers, tokens_BL, device=device, num_layers=num_layers)
+            write_text(folder / "recipe.yaml", recipe_text(config))
+        with stages("verify"):
+            console.step("Verifying in a fresh process without care_mla")
+            verdict = verify(VerifyConfig(model=folder, quiet=config.quiet))
+        result = {
+            "cached_values": {"original": source.facts.cached_values, "converted": verdict["cached_values"]},
+            "kv_lora_rank": choice.kv_lora_rank,
+            "qk_rope_head_dim": choice.variant.qk_rope_head_dim,
+            "freqfold": choice.variant.freqfold,
+            "form": config.form,
+            "method": config.method,
+            "allocation": choice.allocation,
+            "profile": profile,
+            "held_out_kl": choice.held_out_kl,
+            "output": str(config.output),
+            "stages": stages.seconds,
+            "peak_memory_bytes": peak_memory(device),
+            "export": exported,
+            "layers": layer_rows,
+            "verify": verdict,
+        }
+        hashes = {"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash}
+        write_card(folder, _card(config, source, result, hashes))
     return result
 
 
-def _check_values(source: Source, workspace: Workspace) -> None:
-    """Every weight is finite; once checked, the work folder remembers."""
-    path = workspace.path(f"weights_{source.fingerprint()}.json")
-    if path.exists():
-        return
-    with terminal.current().progress("Checking weights", len(source.names())) as progress:
-        source.check_values(lambda done, total: progress.advance())
-    write_json(path, {"finite": True})
+def _card(
+    config: ConvertConfig, source: Source, result: dict[str, Any], fingerprints: dict[str, str]
+) -> Card:
+    return Card(
+        name=config.output.name,
+        original=source.name,
+        profile=result["profile"],
+        form=config.form,
+        method=config.method,
+        kv_lora_rank=result["kv_lora_rank"],
+        qk_rope_head_dim=result["qk_rope_head_dim"],
+        cached_values=(result["cached_values"]["original"], result["cached_values"]["converted"]),
+        kl_held_out=result["held_out_kl"],
+        verify=result["verify"],
+        recipe=recipe_text(config),
+        versions=versions(),
+        fingerprints=fingerprints,
+        warnings=terminal.current().warnings,
+    )
+
+
+def _check_places(config: ConvertConfig, work: Path, disk: dict[str, int]) -> None:
+    """Where the original, the output and the work folder lie: apart, and with room on their disks."""
+    output, original = config.output.resolve(), Path(config.model).expanduser().resolve()
+    if config.model != DEMO and original.exists() and output in (original, *original.parents):
+        raise OptionError(
+            f"{config.output} holds the original, {config.model}, which --overwrite would delete. Nothing "
+            f"was changed. Name another folder: care convert {config.model} {config.output}-mla"
+        )
+    for taken in (output, original):
+        if taken in (work.resolve(), *work.resolve().parents):
+            raise OptionError(
+                f"--work {work} lies in {taken}, which holds a model and nothing else. Nothing was written. "
+                f"Name another folder: --work {taken}.work"
+            )
+    check_output(config.output, config.overwrite)
+    work_bytes = sum(nbytes for part, nbytes in disk.items() if part != "output")
+    require_disk({config.output.absolute().parent: disk["output"], work.absolute(): work_bytes})
 
 
 def _factor(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,16 @@ def test_slices_and_transposes_are_written_as_they_look(tmp_path):
 
 
 def test_disk_space_is_checked_on_the_disk_of_a_folder_to_be(tmp_path):
-    require_disk(tmp_path / "not" / "yet", 1)
+    require_disk({tmp_path / "not" / "yet": 1})
     with pytest.raises(CareError, match=r"1048576\.00 GiB are needed and .* GiB are free"):
-        require_disk(tmp_path / "not" / "yet", 2**50)
+        require_disk({tmp_path / "not" / "yet": 2**50})
+
+
+def test_what_lies_on_one_disk_is_added(tmp_path):
+    half = shutil.disk_usage(tmp_path).free * 2 // 3
+    require_disk({tmp_path / "a": half})
+    with pytest.raises(CareError, match="are needed"):
+        require_disk({tmp_path / "a": half, tmp_path / "b": half})
 
 
 def test_output_appears_only_when_it_is_complete(tmp_path):

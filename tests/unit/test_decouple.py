@@ -137,3 +137,12 @@ def test_the_same_layer_gives_the_same_file() -> None:
     first, second = decouple(inputs, 4), decouple(inputs, 4)
     assert torch.equal(first.k_rope_PD, second.k_rope_PD)
     assert as_complex(first.k_rope_PD, dim=0).isfinite().all()
+
+
+def test_without_folding_only_kept_frequencies_have_rope() -> None:
+    inputs = turned(layer_case().inputs)
+    split = decouple(inputs, 4, fold=False)
+    rest_GFD, keys_GFD = as_complex(split.nope_GMD, dim=1), as_complex(inputs.w_k_GHD, dim=1)
+    assert_close(rest_GFD[:, 1::2], keys_GFD[:, 1::2])
+    assert not torch.allclose(rest_GFD[:, ::2], keys_GFD[:, ::2])
+    assert as_complex(split.k_rope_PD, dim=0).abs().min(dim=1).values.max() > 0

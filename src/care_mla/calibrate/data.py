@@ -129,13 +129,16 @@ def prepare_tokens(
         "sequence_length": sequence_length,
         "rotation_length": rotation_length,
     }
-    workspace.claim("tokens", stamp)
     path = workspace.path("tokens.safetensors")
+    if workspace.path("tokens.stamp.json").exists():
+        workspace.claim("tokens", stamp)
     if not path.exists():
         if text:
             blocks = _cut_blocks(_tokenize(source, text), text.name, config.seed, lengths)
         else:
             blocks = _sample_blocks(source, config.seed, lengths, device, console)
+        # Not before: a text that is refused must not claim the folder for itself.
+        workspace.claim("tokens", stamp)
         _save(path, blocks)
     blocks = _load(path)
     _warn_of_length(blocks, source, console)

@@ -12,7 +12,7 @@ import torch
 
 from care_mla.calibrate.data import TokenBlocks, prepare_tokens
 from care_mla.calibrate.layers import LayerStack
-from care_mla.calibrate.stream import collect_rotation, collect_statistics
+from care_mla.calibrate.stream import collect_rotation, collect_statistics, whole_micro_batches
 from care_mla.plan import machine_memory, parameter_count, resolve_calibration, rotation_length, spool
 from care_mla.workspace import Workspace
 
@@ -61,9 +61,10 @@ def calibrate(
         "statistics", {"tokens": blocks.content_hash, "model": source.fingerprint(), "seed": config.seed}
     )
     layers = stack.num_layers
+    chunks = -(-len(blocks.short_BL) // whole_micro_batches(spooled.chunk_sequences, length))
     with console.progress("Rotation that each head sees (gamma)", layers) as progress:
         collect_rotation(stack, blocks.long_BL, workspace, progress.advance)
-    with console.progress("Statistics, forward and backward", 2 * layers * spooled.chunks) as progress:
+    with console.progress("Statistics, forward and backward", 2 * layers * chunks) as progress:
         collect_statistics(
             stack,
             blocks.short_BL,

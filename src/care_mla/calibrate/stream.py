@@ -38,6 +38,12 @@ def micro_batches(x_BLD: Tensor) -> list[slice]:
     return [slice(start, min(start + size, x_BLD.shape[0])) for start in range(0, x_BLD.shape[0], size)]
 
 
+def whole_micro_batches(num_blocks: int, length: int) -> int:
+    """A number of blocks rounded up to whole micro-batches, so that chunks do not change any sum."""
+    micro = max(1, MICRO_BATCH_TOKENS // length)
+    return -(-num_blocks // micro) * micro
+
+
 def collect_rotation(stack: LayerStack, tokens_BL: Tensor, workspace: Workspace, advance: Advance) -> None:
     """Forward sweep over long sequences: gamma of every head and frequency, see `RotationSums`."""
     facts = stack.source.facts
@@ -95,10 +101,8 @@ def collect_statistics(
         chunk_blocks: sequences whose hidden states are spooled at once; rounded up to whole micro-batches.
         advance: called for each layer of each sweep of each chunk, at once for what an earlier run has done.
     """
-    micro = max(1, MICRO_BATCH_TOKENS // tokens_BL.shape[1])
-    chunk_blocks = -(-chunk_blocks // micro) * micro
-    starts = range(0, tokens_BL.shape[0], chunk_blocks)
-    for chunk_idx, start in enumerate(starts):
+    chunk_blocks = whole_micro_batches(chunk_blocks, tokens_BL.shape[1])
+    for chunk_idx, start in enumerate(range(0, tokens_BL.shape[0], chunk_blocks)):
         chunk = _Chunk(stack, tokens_BL[start : start + chunk_blocks], workspace, chunk_idx, start, seed)
         if chunk.is_done():
             for _ in range(2 * stack.num_layers):

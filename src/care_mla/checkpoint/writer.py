@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -78,22 +78,28 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
-def require_disk(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk under a folder, which need not exist yet, has room.
+def require_disk(needed: Mapping[Path, int]) -> None:
+    """Check that the disks under some folders, which need not exist yet, have room.
+
+    Args:
+        needed: bytes by folder; those on one disk are added.
 
     Raises:
         CareError: naming what is needed and what is free.
     """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise CareError(
-            f"{folder}: {needed_bytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free on "
-            "this disk. Nothing was written. Free some space, or choose an output and a --work FOLDER on "
-            "another disk."
-        )
+    disks: dict[int, tuple[Path, int, int]] = {}
+    for folder, nbytes in needed.items():
+        existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        disk = existing.stat().st_dev
+        first, total, free = disks.get(disk, (folder, 0, shutil.disk_usage(existing).free))
+        disks[disk] = first, total + nbytes, free
+    for folder, nbytes, free in disks.values():
+        if free < nbytes:
+            raise CareError(
+                f"{folder}: {nbytes / 2**30:.2f} GiB are needed and {free / 2**30:.2f} GiB are free on "
+                "this disk. Nothing was written. Free some space, or choose an output and a --work FOLDER on "
+                "another disk."
+            )
 
 
 @contextmanager
@@ -110,7 +116,7 @@ def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         OptionError: `output` exists and `overwrite` is off, or it is nothing that this tool wrote.
     """
     output = output.absolute()
-    _refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     partial = output.with_name(f".{output.name}.partial")
     previous = output.with_name(f".{output.name}.previous")
     shutil.rmtree(partial, ignore_errors=True)
@@ -126,7 +132,12 @@ def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _refuse_existing(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
+    """Check that `atomic_folder` may write `output`, before the work that fills it.
+
+    Raises:
+        OptionError: `output` exists and `overwrite` is off, or it is nothing that this tool wrote.
+    """
     if not output.exists():
         return
     if not output.is_dir():

@@ -53,6 +53,7 @@ def decouple(
     *,
     use_gamma: bool = True,
     query_weights: bool = True,
+    fold: bool = True,
 ) -> ComplexSplit:
     """The shared rope key that carries most of what rotation changes, and the rest with its mean rotation.
 
@@ -66,44 +67,49 @@ def decouple(
         qk_rope_head_dim: P; H/P frequencies share one rope pair.
         use_gamma: False takes gamma = 1 (and weights by query energy alone), for ablations.
         query_weights: False takes d = 1, for ablations.
+        fold: False lets only the first frequency of each block have RoPE, for ablations.
     """
     num_blocks = qk_rope_head_dim // 2
     num_freqs = inputs.head_dim // 2
     assert num_freqs % num_blocks == 0, f"P = {qk_rope_head_dim} does not divide head_dim = {inputs.head_dim}"
-    fold = num_freqs // num_blocks
+    size = num_freqs // num_blocks
     w_k_GFD = as_complex(inputs.w_k_GHD, dim=1)
     num_groups = w_k_GFD.shape[0]
     gamma_NF = inputs.gamma_NF if use_gamma else torch.ones_like(inputs.gamma_NF)
 
     # S = G*K complex keys of each block, (KV head, frequency within the block).
     def blocks(x_GF: Tensor) -> Tensor:
-        return x_GF.unflatten(1, (num_blocks, fold)).transpose(0, 1).flatten(1, 2)
+        return x_GF.unflatten(1, (num_blocks, size)).transpose(0, 1).flatten(1, 2)
 
     def unblocks(x_BS: Tensor) -> Tensor:
-        return x_BS.unflatten(1, (num_groups, fold)).transpose(0, 1).flatten(1, 2)
+        return x_BS.unflatten(1, (num_groups, size)).transpose(0, 1).flatten(1, 2)
 
     moment_BSS = _key_moments(inputs, blocks)
     turned_NF = (1 - gamma_NF.abs().square()).clamp_min(0) if use_gamma else torch.ones_like(gamma_NF.real)
     energy_BS = blocks((inputs.q_energy_NF * turned_NF).unflatten(0, (num_groups, -1)).sum(1))
     d_BS = energy_BS.sqrt() if query_weights else torch.ones_like(energy_BS)
+    kept_S = torch.tensor(
+        [fold or f == 0 for _ in range(num_groups) for f in range(size)], device=d_BS.device
+    )
+    d_BS = d_BS * kept_S
     eigenvalues_BS, vectors_BSS = torch.linalg.eigh(d_BS[:, :, None] * moment_BSS * d_BS[:, None])
     top_B, u_BS = eigenvalues_BS[:, -1], _fix_phase(vectors_BSS[:, :, -1])
     # A block in which nothing turns (lambda = 0) goes wholly without RoPE.
     inverse_B = torch.where(top_B > 0, 1 / top_B, torch.zeros_like(top_B))
     pick_GF = unblocks(d_BS * u_BS.conj() * (top_B > 0)[:, None])
-    rebuild_GF = unblocks((moment_BSS @ (d_BS * u_BS)[:, :, None])[:, :, 0] * inverse_B[:, None])
+    rebuild_GF = unblocks((moment_BSS @ (d_BS * u_BS)[:, :, None])[:, :, 0] * inverse_B[:, None] * kept_S)
 
     def gather(x_GFX: Tensor) -> Tensor:
         """Sum over KV heads and over each block's frequencies: (G, F, …) to (B, …)."""
-        return x_GFX.sum(0).unflatten(0, (num_blocks, fold)).sum(1)
+        return x_GFX.sum(0).unflatten(0, (num_blocks, size)).sum(1)
 
     k_rope_BD = gather(pick_GF[:, :, None] * w_k_GFD)
-    rest_GFD = w_k_GFD - rebuild_GF[:, :, None] * k_rope_BD.repeat_interleave(fold, dim=0)
+    rest_GFD = w_k_GFD - rebuild_GF[:, :, None] * k_rope_BD.repeat_interleave(size, dim=0)
     rebuild_NF = rebuild_GF.repeat_interleave(inputs.num_heads // num_groups, dim=0)
 
     def rope_query(q_NFX: Tensor, shape: tuple[int, ...]) -> Tensor:
         turned_NFX = rebuild_NF.conj().view(*rebuild_NF.shape, *shape) * q_NFX
-        return as_pairs(turned_NFX.unflatten(1, (num_blocks, fold)).sum(2), dim=1)
+        return as_pairs(turned_NFX.unflatten(1, (num_blocks, size)).sum(2), dim=1)
 
     w_q_NFD = as_complex(inputs.w_q_NHD, dim=1)
     b_q_NF = None if inputs.b_q_NH is None else as_complex(inputs.b_q_NH, dim=1)
@@ -117,7 +123,7 @@ def decouple(
         k_rope_bias_P=None if b_k_GF is None else as_pairs(gather(pick_GF * b_k_GF), dim=0),
         q_rope_bias_NP=None if b_q_NF is None else rope_query(b_q_NF, ()),
         q_nope_bias_NM=None if b_q_NF is None else as_pairs(gamma_NF.conj() * b_q_NF, dim=1),
-        inv_freq_F=inputs.inv_freq_F[::fold],
+        inv_freq_F=inputs.inv_freq_F[::size],
     )
 
 

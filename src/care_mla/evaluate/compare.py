@@ -7,12 +7,14 @@ everything is measured side by side on the text asked for.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from care_mla import console as terminal
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.run import calibrate
+from care_mla.checkpoint.finite import require_finite
 from care_mla.checkpoint.source import open_source
 from care_mla.configs import CompareConfig
 from care_mla.decompose.layer_inputs import CalibratedLayers
@@ -23,6 +25,9 @@ from care_mla.factors import LatentLayer
 from care_mla.mla.choose import Choice, candidates, choose
 from care_mla.mla.divergence import measure
 from care_mla.workspace import Workspace
+
+# Variants of one method: they differ in what comes after the RoPE split, so they are measured on the same.
+SAME_SPLIT = {"care-e": "care-u", "care-c": "care-u"}
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
@@ -45,6 +50,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             source.tokenizer(), config.perplexity, block=config.block, max_tokens=config.max_tokens
         )
     workspace = Workspace(config.work or Path("care-work"))
+    require_finite(source, workspace)
     stack = LayerStack(source, device=device)
     blocks = calibrate(stack, config, workspace, console)
     if tokens_BL is None:
@@ -53,8 +59,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     inputs = CalibratedLayers(source, workspace, stack.inv_freq_F, damping=config.damping, device=device)
     groups = [candidates(group, config.allocation, inputs, per_layer=True) for group in wanted]
     steps = stack.num_layers + 1
+    leaders = [group if _leader(group[0], groups) is None else group[:1] for group in groups]
     with console.progress("Choosing rope widths and freqfolds on held-out text", steps) as progress:
-        choices = choose(stack, inputs, groups, blocks.held_out_BL, workspace, progress.advance)
+        choices = choose(stack, inputs, leaders, blocks.held_out_BL, workspace, progress.advance)
+    choices = [_follow(group, choice, choices) for group, choice in zip(groups, choices, strict=True)]
     timed = {choice.label: TimedChoice(choice, inputs) for choice in choices}
     with console.progress(f"Measuring {len(choices)} conversions", steps) as progress:
         original, measured = measure(stack, timed, tokens_BL, progress.advance)
@@ -88,6 +96,23 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             "seed": config.seed,
         },
     }
+
+
+def _leader(choice: Choice, groups: Sequence[Sequence[Choice]]) -> str | None:
+    """The method whose RoPE split this one takes over, if that method is in the run."""
+    leader = SAME_SPLIT.get(choice.variant.method) if choice.variant.form == "decoupled" else None
+    present = {(group[0].variant.form, group[0].variant.method) for group in groups}
+    return leader if ("decoupled", leader) in present else None
+
+
+def _follow(group: Sequence[Choice], choice: Choice, choices: Sequence[Choice]) -> Choice:
+    """The choice itself, or for a follower the one of its group with the leader's width and freqfold."""
+    leader = _leader(choice, [[each] for each in choices])
+    if leader is None:
+        return choice
+    (led,) = (c.variant for c in choices if (c.variant.form, c.variant.method) == ("decoupled", leader))
+    split = (led.qk_rope_head_dim, led.freqfold)
+    return next(c for c in group if (c.variant.qk_rope_head_dim, c.variant.freqfold) == split)
 
 
 class TimedChoice:

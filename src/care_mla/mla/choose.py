@@ -122,6 +122,7 @@ def choose(
     key = {
         "groups": [[asdict(choice) for choice in group] for group in open_groups],
         "tokens": held_out_BL.tolist(),
+        "damping": inputs.damping,
     }
     path = workspace.path(f"choice_{fingerprint(key)}.json")
     if not path.exists():

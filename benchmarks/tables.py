@@ -1,0 +1,123 @@
+"""Makes the tables of benchmarks/*/README.md from the JSON beside them.
+
+`python benchmarks/tables.py` rewrites what lies between `<!-- table: NAME -->` and `<!-- end -->`; with
+`--check` it only says whether that would change anything (exit code 1).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+HERE = Path(__file__).parent
+MARKED = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(pattern: str) -> list[dict[str, Any]]:
+    """All results that match, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob(pattern))]
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def one_shot(budget: str) -> str:
+    """Every method at one budget: mean over seeds, best first."""
+    runs = read(f"one-shot/compare-{budget}-seed*.json")
+    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        for row in run["rows"]:
+            found[row["form"], row["method"]].append(
+                {**row, "ratio": row["perplexity"] / run["original"]["perplexity"]}
+            )
+    original = runs[0]["original"]
+    lines = [
+        ["original", "-", str(original["cached_values"]), f"{original['perplexity']:.2f}", "1.00", "0", "-"]
+    ]
+    for (form, method), rows in sorted(
+        found.items(), key=lambda item: mean(row["perplexity"] for row in item[1])
+    ):
+        chosen = sorted({f"P {row['qk_rope_head_dim']}" for row in rows if row["qk_rope_head_dim"]})
+        lines.append(
+            [
+                f"`{method}`",
+                form + (f", {' or '.join(chosen)}" if chosen else ""),
+                f"{mean(row['cached_values'] for row in rows):g}",
+                spread([row["perplexity"] for row in rows]),
+                f"{mean(row['ratio'] for row in rows):.2f}",
+                f"{mean(row['kl'] for row in rows):.3f}",
+                str(len(rows)),
+            ]
+        )
+    columns = ["method", "form", "cached values", "perplexity", "to the original", "KL", "seeds"]
+    return markdown(columns, lines)
+
+
+def ablations() -> str:
+    """What each part of the decoupled default contributes."""
+    (result,) = read("one-shot/ablations.json")
+    rows = [
+        [
+            row["part"],
+            str(row["qk_rope_head_dim"]),
+            str(row["kv_lora_rank"]),
+            f"{row['perplexity']:.2f}",
+            f"{row['kl']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["switched off", "P", "R", "perplexity", "KL"], rows)
+
+
+def convert() -> str:
+    """Stages and memory of a conversion and of a second one on the same work folder."""
+    first, second = read("convert/first.json")[0], read("convert/second-budget.json")[0]
+    rows = [
+        [stage, f"{first['stages'][stage]:.1f}", f"{second['stages'][stage]:.1f}"]
+        for stage in first["stages"]
+    ]
+    rows.append(["whole command", f"{first['seconds']:.1f}", f"{second['seconds']:.1f}"])
+    gib = [f"{run['peak_memory_bytes'] / 2**30:.2f} GiB" for run in (first, second)]
+    return markdown(
+        ["stage", "first conversion, seconds", "second budget, seconds"], [*rows, ["peak memory", *gib]]
+    )
+
+
+TABLES = {
+    "one-shot-0.5": lambda: one_shot("0.5"),
+    "one-shot-0.25": lambda: one_shot("0.25"),
+    "ablations": ablations,
+    "convert": convert,
+}
+
+
+def main() -> int:
+    """Rewrite or check all tables; returns the exit code."""
+    stale = []
+    for path in sorted(HERE.glob("*/README.md")):
+        text = path.read_text(encoding="utf-8")
+        made = MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[3], text)
+        if made != text:
+            stale.append(str(path.relative_to(HERE)))
+            if "--check" not in sys.argv:
+                path.write_text(made, encoding="utf-8")
+    for name in stale:
+        sys.stdout.write(f"{name}: {'differs from its JSON' if '--check' in sys.argv else 'rewritten'}\n")
+    return int(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
