@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from care_mla.checkpoint.source import Source, open_source
+from care_mla.checkpoint.opening import open_source
+from care_mla.checkpoint.source import Source
 from care_mla.export.deepseek import write_deepseek_checkpoint
 from care_mla.export.verify import store_reference
 from care_mla.factors import LatentLayer

@@ -16,7 +16,7 @@ import torch
 
 from care_mla import console
 from care_mla.calibrate.layers import LayerStack
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 from care_mla.decompose.decouple import decouple
 from care_mla.decompose.fisher import damp_blocks, decoupled_latent, felt_covariance
 from care_mla.decompose.layer_inputs import CalibratedLayers, LayerInputs

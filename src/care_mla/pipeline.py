@@ -12,7 +12,8 @@ from care_mla import console as terminal
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.run import calibrate, whole_model_fits
 from care_mla.checkpoint.finite import require_finite
-from care_mla.checkpoint.source import DEMO, Source, open_source
+from care_mla.checkpoint.opening import DEMO, open_source
+from care_mla.checkpoint.source import Source
 from care_mla.checkpoint.writer import atomic_folder, check_output, require_disk
 from care_mla.configs import ConvertConfig, VerifyConfig
 from care_mla.decompose.layer_inputs import CalibratedLayers

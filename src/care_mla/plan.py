@@ -24,6 +24,8 @@ ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at o
 MICRO_BATCH_TOKENS = 2048  # swept at once, in whole sequences; one longer sequence goes alone
 # Python with torch and transformers loaded, before any model: 0.5 GiB measured, with room for the allocator.
 BASE_BYTES = GIB
+SAMPLING_CACHE_BYTES = 2**31  # keys and values while the model writes its own text; more goes in batches
+REFERENCE_BYTES = 2**32  # the reference forward keeps its weights between steps only up to here
 # Without a measurement: a laptop's float32 matrix products, and those of a data-centre GPU (TF32).
 ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -229,7 +231,12 @@ def plan(
         sequence_length=length,
         rotation_length=gamma_length,
         chunks=spooled.chunks,
-        memory=_memory(facts, spooled.nbytes // (facts.num_hidden_layers + 1), length, gamma_length),
+        memory={
+            **_memory(facts, spooled.nbytes // (facts.num_hidden_layers + 1), length, gamma_length),
+            "whole model, to write and to verify": _whole_model_bytes(
+                facts, tokens, is_self=config.calibration == "self"
+            ),
+        },
         disk={
             "layer inputs": spooled.nbytes,
             "statistics": facts.num_hidden_layers * _statistics_bytes(facts),
@@ -300,6 +307,17 @@ def _memory(facts: ModelFacts, layer_inputs_bytes: int, length: int, gamma_lengt
         "eigenvectors": 4 * 8 * widest**2,
         "Python and torch": BASE_BYTES,
     }
+
+
+def _whole_model_bytes(facts: ModelFacts, tokens: int, *, is_self: bool) -> int:
+    """What the steps beyond one layer hold: the reference in float64, or the model writing its own text."""
+    parameters = parameter_count(facts)
+    reference = min(8 * parameters, REFERENCE_BYTES)
+    if not is_self:
+        return reference
+    # Half as many tokens again are held out.
+    cache = 3 * tokens // 2 * facts.num_hidden_layers * facts.cached_values * 4
+    return max(reference, 4 * parameters + min(cache, SAMPLING_CACHE_BYTES))
 
 
 def _flops(facts: ModelFacts, tokens: int, length: int, gamma_length: int, *, is_self: bool) -> float:

@@ -28,7 +28,7 @@ BASE = {
 }
 STEPS = [
     *("families", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
-    *("heal", "evaluate", "report", "pipeline", "cli"),
+    *("heal", "evaluate", "report", "pipeline", "cli", "__main__"),
 ]
 # These run before anything is loaded, or run on machines without torch.
 LIGHT = [

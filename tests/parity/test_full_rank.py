@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from care_mla import ConvertConfig, console, convert
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.run import calibrate
-from care_mla.checkpoint.source import Source, open_source
+from care_mla.checkpoint.opening import open_source
+from care_mla.checkpoint.source import Source
 from care_mla.configs import METHODS, Form
 from care_mla.decompose.layer_inputs import CalibratedLayers
 from care_mla.decompose.methods import method_function, variants

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from care_mla.calibrate import stream
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.stream import collect_rotation, collect_statistics
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 from care_mla.workspace import Workspace
 
 from pico import pico_model

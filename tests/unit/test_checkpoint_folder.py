@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config
 
-from care_mla.checkpoint.source import HEAD, open_source
+from care_mla.checkpoint.opening import open_source
+from care_mla.checkpoint.source import HEAD
 from care_mla.errors import CareError, CheckpointError, OptionError, UnsupportedModelError
 from care_mla.families import weight_names
 
@@ -311,7 +312,7 @@ def test_unknown_tensor_name_is_refused(folder):
 
 def test_opening_a_source_imports_no_transformers(folder):
     code = (
-        "import sys; from care_mla.checkpoint.source import open_source; open_source(sys.argv[1]).check(); "
+        "import sys; from care_mla.checkpoint.opening import open_source; open_source(sys.argv[1]).check(); "
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == 0

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from care_mla.checkpoint.gguf_file import LLAMA3, deinterleave
 from care_mla.checkpoint.gguf_tokenizer import build_tokenizer
-from care_mla.checkpoint.source import demo_file, open_source
+from care_mla.checkpoint.opening import demo_file, open_source
 from care_mla.errors import CareError, CheckpointError, UnsupportedModelError
 from care_mla.families.rope import llama3_frequency
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 from care_mla.checkpoint.writer import ShardWriter, atomic_folder, require_disk
 from care_mla.errors import CareError, OptionError
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from care_mla.calibrate.data import TokenBlocks, cut_runs, prepare_tokens
 from care_mla.calibrate.text import PIECES, read_text, thin
-from care_mla.checkpoint.source import Source, open_source
+from care_mla.checkpoint.opening import open_source
+from care_mla.checkpoint.source import Source
 from care_mla.console import Console
 from care_mla.errors import CalibrationError, ResumeError
 from care_mla.workspace import Workspace

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from care_mla.checkpoint.source import Source, TensorHeader, open_source
+from care_mla.checkpoint.opening import open_source
+from care_mla.checkpoint.source import Source, TensorHeader
 from care_mla.errors import ExportError
 from care_mla.export.deepseek import (
     attention_tensors,

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from care_mla.checkpoint.source import Source, open_source
+from care_mla.checkpoint.opening import open_source
+from care_mla.checkpoint.source import Source
 from care_mla.errors import UnsupportedModelError
 from care_mla.export.hf import CODE, CODE_FILES, write_latent_checkpoint
 from care_mla.factors import LatentLayer

@@ -232,8 +232,9 @@ def test_plan_of_a_70b_model_fits_one_gpu_and_says_what_it_needs() -> None:
 
 
 def test_memory_does_not_grow_with_depth() -> None:
-    one = plan(facts_of(LLAMA_8B), PlanConfig(model="", max_spool_gib=1000))
-    two = plan(facts_of(LLAMA_8B, num_hidden_layers=64), PlanConfig(model="", max_spool_gib=1000))
+    config = PlanConfig(model="", calibration="text.txt", max_spool_gib=1000)
+    one = plan(facts_of(LLAMA_8B), config)
+    two = plan(facts_of(LLAMA_8B, num_hidden_layers=64), config)
     assert one.memory == two.memory
     assert two.flops > 1.8 * one.flops
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from care_mla.checkpoint.source import Source, open_source
+from care_mla.checkpoint.opening import open_source
+from care_mla.checkpoint.source import Source
 from care_mla.errors import UnsupportedModelError
 from care_mla.mla.reference import Reference
 from export_cases import decoupled_layer, relative_error, token_ids

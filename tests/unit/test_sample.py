@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from care_mla.calibrate import sample
 from care_mla.calibrate.sample import draw, load_model, sample_sequences
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 
 from pico import pico_model
 

@@ -22,7 +22,7 @@ from care_mla.calibrate import attention, stream
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.statistics import LayerSums, RotationSums
 from care_mla.calibrate.stream import collect_rotation, collect_statistics, layer_file
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 from care_mla.workspace import Workspace
 from slow_statistics import SlowModel
 
@@ -145,7 +145,7 @@ import torch
 torch.set_num_threads(1)
 from care_mla.calibrate import stream
 from care_mla.calibrate.layers import LayerStack
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 from care_mla.workspace import Workspace
 
 left = int(sys.argv[3])

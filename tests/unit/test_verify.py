@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 from care_mla.configs import VerifyConfig
 from care_mla.errors import CareError, CheckpointError
 from care_mla.export import engine_transformers

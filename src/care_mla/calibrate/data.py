@@ -20,6 +20,7 @@ from torch import Tensor
 
 from care_mla.calibrate.text import Text, read_text
 from care_mla.errors import CalibrationError
+from care_mla.plan import SAMPLING_CACHE_BYTES
 from care_mla.workspace import Workspace, save_tensors
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ SELF = "self"
 METADATA = "care-mla"
 HELD_OUT_BLOCKS = 2
 HELD_OUT_LENGTH = 2048  # the width of the RoPE key is never chosen on shorter text if it can be helped
-# Memory for keys and values while the model writes; more sequences than fit are written one batch after
-# another.
-SAMPLING_CACHE_BYTES = 2**31
 
 
 class CalibrationOptions(Protocol):

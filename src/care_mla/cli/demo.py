@@ -84,7 +84,7 @@ def _answer_of_original() -> str:
     import torch
 
     from care_mla.calibrate.sample import load_model
-    from care_mla.checkpoint.source import open_source
+    from care_mla.checkpoint.opening import open_source
 
     source = open_source(MODEL)
     return _answer(load_model(source, device=torch.device("cpu")), source.tokenizer())

@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> int:
     """Run the command; returns its exit code: 2 where the model cannot be converted."""
     start = time.perf_counter()
     config = parse(InspectConfig, "inspect", arguments)
-    from care_mla.checkpoint.source import open_source
+    from care_mla.checkpoint.opening import open_source
 
     try:
         facts = open_source(config.model, weights=False).facts

@@ -15,7 +15,7 @@ def run(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     start = time.perf_counter()
     config = parse(PlanConfig, "plan", arguments)
-    from care_mla.checkpoint.source import open_source
+    from care_mla.checkpoint.opening import open_source
 
     facts = open_source(config.model, trust_remote_code=config.trust_remote_code, weights=False).facts
     device, memory_bytes = _device(config.device)

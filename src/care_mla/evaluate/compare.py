@@ -15,7 +15,7 @@ from care_mla import console as terminal
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.run import calibrate
 from care_mla.checkpoint.finite import require_finite
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 from care_mla.configs import CompareConfig
 from care_mla.decompose.layer_inputs import CalibratedLayers
 from care_mla.decompose.methods import variants

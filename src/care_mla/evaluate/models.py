@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from care_mla.calibrate.sample import cache_argument, load_model
-from care_mla.checkpoint.source import open_source
+from care_mla.checkpoint.opening import open_source
 
 CONVERTED_TYPES = ("deepseek_v3", "care_latent_")
 

@@ -22,6 +22,7 @@ from care_mla.errors import UnsupportedModelError
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families.rope import rotary_frequencies
+from care_mla.plan import REFERENCE_BYTES
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
@@ -78,7 +79,7 @@ class Reference:
         device: torch.device | str = "cpu",
         *,
         num_layers: int | None = None,
-        memory_bytes: int = 4 * 2**30,
+        memory_bytes: int = REFERENCE_BYTES,
     ) -> None:
         act = source.facts.config.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
