@@ -246,6 +246,11 @@ class CompareConfig(CommonConfig, CalibrationConfig):
             _choice("--form", self.form, get_args(Form))
         _at_least("--block", self.block, 2)
         _at_least("--max-tokens", self.max_tokens, 2)
+        if self.form is None and (self.kv_lora_rank is not None or self.qk_rope_head_dim is not None):
+            raise OptionError(
+                "--kv-lora-rank and --qk-rope-head-dim mean another cache in every form, and methods are "
+                "compared at an equal one. Add --form, or give --budget F in their place."
+            )
         if not self.method_forms():
             raise OptionError(
                 f"--methods {self.methods!r} names nothing to run in --form {self.form}. "

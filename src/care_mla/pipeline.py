@@ -10,7 +10,7 @@ from typing import Any
 
 from care_mla import console as terminal
 from care_mla.calibrate.layers import LayerStack
-from care_mla.calibrate.run import calibrate, whole_model_fits
+from care_mla.calibrate.run import calibrate, check_calibration, whole_model_fits
 from care_mla.checkpoint.finite import require_finite
 from care_mla.checkpoint.opening import DEMO, open_source
 from care_mla.checkpoint.source import Source
@@ -54,6 +54,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         planned = plan(source.facts, config, device=device.type)
         workspace = Workspace(config.work or config.output.with_name(config.output.name + ".work"))
         _check_places(config, workspace.folder, planned.disk)
+        check_calibration(source, config, device)
         source.check()
         require_finite(source, workspace)
     for warning in planned.warnings:
@@ -82,7 +83,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             console.step("Verifying in a fresh process without care_mla")
             verdict = verify(VerifyConfig(model=folder, quiet=config.quiet))
         result = {
-            "cached_values": {"original": source.facts.cached_values, "converted": verdict["cached_values"]},
+            "cached_values": {"original": source.facts.cached_values, "converted": _mean_cached(layer_rows)},
             "kv_lora_rank": choice.kv_lora_rank,
             "qk_rope_head_dim": choice.variant.qk_rope_head_dim,
             "freqfold": choice.variant.freqfold,
@@ -101,6 +102,11 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         hashes = {"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash}
         write_card(folder, _card(config, source, result, hashes))
     return result
+
+
+def _mean_cached(rows: list[dict[str, Any]]) -> int | float:
+    mean = sum(row["cached_values"] for row in rows) / len(rows)
+    return int(mean) if mean.is_integer() else mean
 
 
 def _card(
@@ -161,6 +167,7 @@ def _factor(
             lost = sum(float(s[rank:].sum()) for s, rank in zip(spectra, ranks, strict=True))
             row = {
                 "rank": sum(ranks),
+                "cached_values": latent.cached_values,
                 "ranks": list(ranks),
                 "predicted_error": lost / sum(float(s.sum()) for s in spectra),
                 "spectrum": [s.tolist() for s in spectra] if len(spectra) > 1 else spectra[0].tolist(),

@@ -19,10 +19,13 @@ from care_mla.errors import ResumeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Raised when a version of care gives files in a work folder another meaning; older ones are then not reused.
+SCHEMA = 1
+
 
 def fingerprint(value: Any) -> str:
-    """A short hash of anything that JSON can hold; equal values give equal hashes on every machine."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """A short hash of anything that JSON can hold, and of SCHEMA; equal on every machine."""
+    return hashlib.sha256(json.dumps([SCHEMA, value], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,7 +83,7 @@ class Workspace:
                 differs.
         """
         stamp = self.path(f"{step}.stamp.json")
-        wanted = json.loads(json.dumps(dict(depends_on)))
+        wanted = json.loads(json.dumps({"format of the work folder": SCHEMA, **depends_on}))
         if not stamp.exists():
             write_json(stamp, wanted)
             return
@@ -93,6 +96,10 @@ class Workspace:
             f"{self.folder}: its {step} results belong to another run ({details}). Nothing was changed. "
             f"Choose another folder with --work FOLDER, or remove this one: rm -r {self.folder}"
         )
+
+    def release(self, step: str) -> None:
+        """Remove a step's stamp, once its results no longer depend on it."""
+        self.path(f"{step}.stamp.json").unlink(missing_ok=True)
 
     def clear(self, name: str) -> None:
         """Remove a folder of intermediate files that is no longer needed."""

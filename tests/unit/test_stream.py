@@ -23,6 +23,7 @@ from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.statistics import LayerSums, RotationSums
 from care_mla.calibrate.stream import collect_rotation, collect_statistics, layer_file
 from care_mla.checkpoint.opening import open_source
+from care_mla.errors import ResumeError
 from care_mla.workspace import Workspace
 from slow_statistics import SlowModel
 
@@ -146,6 +147,7 @@ torch.set_num_threads(1)
 from care_mla.calibrate import stream
 from care_mla.calibrate.layers import LayerStack
 from care_mla.checkpoint.opening import open_source
+from care_mla.errors import ResumeError
 from care_mla.workspace import Workspace
 
 left = int(sys.argv[3])
@@ -228,3 +230,31 @@ def test_the_tied_head_is_in_memory_once(tmp_path: Path) -> None:
         assert memory.peak > table_bytes
         del head
     assert sum(memory.alive.values()) < 0.1 * table_bytes
+
+
+def test_another_chunk_size_never_counts_a_sequence_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 24)
+    stack = open_stack(pico_model(tmp_path / "model"))
+    sweep(stack, tmp_path / "work")
+    finished = files(tmp_path / "work")
+    sweep(stack, tmp_path / "work", chunk_blocks=2)
+    assert files(tmp_path / "work") == finished
+    for path in (tmp_path / "work" / "statistics").iterdir():
+        path.unlink()
+    stop_after = iter(range(5))
+    with pytest.raises(StopIteration):
+        collect_statistics(
+            stack,
+            tokens(5, 12),
+            Workspace(tmp_path / "work"),
+            seed=3,
+            chunk_blocks=2,
+            advance=lambda: next(stop_after),
+        )
+    with pytest.raises(ResumeError, match=r"sequences per chunk \(--max-spool-gib\) was 2, now 4"):
+        sweep(stack, tmp_path / "work", chunk_blocks=4)
+    sweep(stack, tmp_path / "work", chunk_blocks=2)
+    for a, b in zip(load_sums(tmp_path / "work"), load_sums(tmp_path / "work"), strict=True):
+        assert a.tokens == b.tokens == 60

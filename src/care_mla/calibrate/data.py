@@ -113,11 +113,7 @@ def prepare_tokens(
         text = read_text(config.calibration, tokens=needed)
         _warn_of_test_set(text.name, console)
     elif not whole_model_fits:
-        raise CalibrationError(
-            f"--calibration self: {source.name} would write its own text, which needs the whole model in "
-            "memory, and it does not fit. Nothing was written. Give a text instead, and one layer at a time "
-            "is enough: --calibration FILE"
-        )
+        raise too_large_to_write(source)
     stamp = {
         "model": source.fingerprint(),
         "calibration": text.name if text else SELF,
@@ -141,6 +137,15 @@ def prepare_tokens(
     blocks = _load(path)
     _warn_of_length(blocks, source, console)
     return blocks
+
+
+def too_large_to_write(source: Source) -> CalibrationError:
+    """What is said when a model cannot be held whole, and so cannot write its own text."""
+    return CalibrationError(
+        f"--calibration self: {source.name} would write its own text, which needs the whole model in "
+        "memory, and it does not fit. Nothing was written. Give a text instead, and one layer at a time "
+        "is enough: --calibration FILE"
+    )
 
 
 def _warn_of_test_set(name: str, console: Console) -> None:

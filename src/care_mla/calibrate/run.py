@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from care_mla.calibrate.data import TokenBlocks, prepare_tokens
+from care_mla.calibrate.data import SELF, TokenBlocks, prepare_tokens, too_large_to_write
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.stream import collect_rotation, collect_statistics, whole_micro_batches
 from care_mla.plan import machine_memory, parameter_count, resolve_calibration, rotation_length, spool
@@ -28,6 +28,18 @@ WHOLE_MODEL_SHARE = 0.7
 def whole_model_fits(source: Source, device: torch.device) -> bool:
     """Whether all of the source's weights can be held in float32."""
     return 4 * parameter_count(source.facts) < WHOLE_MODEL_SHARE * _memory(device)
+
+
+def check_calibration(source: Source, config: CalibrationConfig, device: torch.device) -> None:
+    """Refuse before any work what `calibrate` would refuse after reading all weights.
+
+    Raises:
+        CalibrationError: the model is to write its own text, and does not fit.
+        OptionError: tokens and lengths contradict the model or each other.
+    """
+    resolve_calibration(source.facts, config, device=device.type)
+    if config.calibration == SELF and not whole_model_fits(source, device):
+        raise too_large_to_write(source)
 
 
 def _memory(device: torch.device) -> int:

@@ -193,6 +193,13 @@ class RotationSums(Sums):
         received_T1 = received_BL.flatten()[:, None] / len(self.turned_NF)
         self.attended_xx_DD += x_TD.T @ ((1 - RECEIVED_SHARE + RECEIVED_SHARE * received_T1) * x_TD)
 
+    @classmethod
+    def merge(cls, parts: Sequence[tuple[Self, float]]) -> Self:
+        """As `Sums.merge`; the length is the longest, since it is no sum."""
+        merged = super().merge(parts)
+        merged.length = torch.stack([part.length for part, _ in parts]).max()
+        return merged
+
     @property
     def gamma_NF(self) -> Tensor:
         """The best constant in place of the rotation, complex128.

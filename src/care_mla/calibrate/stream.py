@@ -102,6 +102,14 @@ def collect_statistics(
         advance: called for each layer of each sweep of each chunk, at once for what an earlier run has done.
     """
     chunk_blocks = whole_micro_batches(chunk_blocks, tokens_BL.shape[1])
+    total = tokens_BL.shape[0]
+    if all(_sequences_in(workspace, i) == total for i in range(stack.num_layers)):
+        for _ in range(2 * stack.num_layers * -(-total // chunk_blocks)):
+            advance()
+        _clean_up(workspace)
+        return
+    # Half-finished sums cannot go on in chunks of another size: each file says only how far it is.
+    workspace.claim("sweep", {"sequences per chunk (--max-spool-gib)": chunk_blocks})
     for chunk_idx, start in enumerate(range(0, tokens_BL.shape[0], chunk_blocks)):
         chunk = _Chunk(stack, tokens_BL[start : start + chunk_blocks], workspace, chunk_idx, start, seed)
         if chunk.is_done():
@@ -110,7 +118,13 @@ def collect_statistics(
             continue
         chunk.forward(advance)
         chunk.backward(advance)
+    _clean_up(workspace)
+
+
+def _clean_up(workspace: Workspace) -> None:
+    """Remove what only a half-finished sweep needs."""
     workspace.clear("spool")
+    workspace.release("sweep")
 
 
 class _Chunk:
@@ -135,7 +149,7 @@ class _Chunk:
 
     def is_done(self, layer_idx: int = 0) -> bool:
         """Whether this layer's sums already hold this chunk; layer 0 comes last."""
-        return int(marks(self._sums_path(layer_idx)).get("chunks", 0)) > self.chunk_idx
+        return _sequences_in(self.workspace, layer_idx) >= self.first_sequence + len(self.tokens_BL)
 
     def forward(self, advance: Advance) -> None:
         """Spool the input of every layer, then the gradient at the last hidden state."""
@@ -188,7 +202,8 @@ class _Chunk:
                     )
             # The gradient below first: once the sums are on disk, the one above is no longer needed.
             self._write(f"grad_{layer_idx:03}", grad_BLD)
-            sums.save(self._sums_path(layer_idx), chunks=str(self.chunk_idx + 1))
+            held = self.first_sequence + len(self.tokens_BL)
+            sums.save(_sums_path(self.workspace, layer_idx), sequences=str(held))
             self._remove(f"grad_{layer_idx + 1:03}")
             self._remove(f"hidden_{layer_idx:03}")
             advance()
@@ -203,7 +218,7 @@ class _Chunk:
 
     def _sums(self, layer_idx: int) -> LayerSums:
         if self.chunk_idx > 0:
-            return LayerSums.load(self._sums_path(layer_idx)).to(self.stack.device)
+            return LayerSums.load(_sums_path(self.workspace, layer_idx)).to(self.stack.device)
         facts = self.stack.source.facts
         return LayerSums.zeros(
             hidden_size=facts.hidden_size,
@@ -212,9 +227,6 @@ class _Chunk:
             head_dim=facts.head_dim,
             device=self.stack.device,
         )
-
-    def _sums_path(self, layer_idx: int) -> Path:
-        return self.workspace.path("statistics", layer_file(layer_idx))
 
     def _path(self, name: str) -> Path:
         # The chunk is in the name: what a killed run left of one chunk is never taken for the next.
@@ -327,6 +339,15 @@ def head_gradient(head: nn.Sequential, x_TD: Tensor, uniform_T: Tensor) -> Tenso
         assert rows_TD.grad is not None
         grads.append(rows_TD.grad)
     return torch.cat(grads)
+
+
+def _sums_path(workspace: Workspace, layer_idx: int) -> Path:
+    return workspace.path("statistics", layer_file(layer_idx))
+
+
+def _sequences_in(workspace: Workspace, layer_idx: int) -> int:
+    """How many of the sequences, in order, a layer's sums hold."""
+    return int(marks(_sums_path(workspace, layer_idx)).get("sequences", 0))
 
 
 def _spool_path(workspace: Workspace, name: str) -> Path:

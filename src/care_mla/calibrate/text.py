@@ -50,7 +50,7 @@ def read_text(calibration: str, *, tokens: int) -> Text:
     """
     path = Path(calibration).expanduser()
     if path.is_file():
-        text = Text(path.name, thin(_read_file(path), CHARACTERS_PER_TOKEN * tokens))
+        text = Text(path.name, thin(read_text_file(path), CHARACTERS_PER_TOKEN * tokens))
     elif path.suffix in SUFFIXES or path.is_absolute() or calibration.startswith((".", "~")):
         raise CalibrationError(f"--calibration {calibration}: there is no such file. {ANOTHER}")
     else:
@@ -69,7 +69,12 @@ def thin(text: str, characters: int) -> str:
     return "\n\n".join(piece.partition(" ")[2] if i else piece for i, piece in enumerate(pieces))
 
 
-def _read_file(path: Path) -> str:
+def read_text_file(path: Path) -> str:
+    """A file's text: as it is, or the records of a JSON or Parquet file joined by blank lines.
+
+    Raises:
+        CalibrationError: its suffix is unknown, or it cannot be read as what the suffix says.
+    """
     match path.suffix:
         case ".parquet":
             return _join(_parquet_records(path), str(path))
@@ -79,7 +84,7 @@ def _read_file(path: Path) -> str:
             return _decode(path)
         case _:
             raise CalibrationError(
-                f"--calibration {path}: its suffix {path.suffix!r} does not say what it is. Known are "
+                f"{path}: its suffix {path.suffix!r} does not say what it is. Known are "
                 f"{', '.join(SUFFIXES)}. If it is plain text, rename it: mv {path} {path.with_suffix('.txt')}"
             )
 
@@ -89,7 +94,7 @@ def _decode(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"--calibration {path}: byte {error.start} is not UTF-8, so its text would be guesswork. Convert "
+            f"{path}: byte {error.start} is not UTF-8, so its text would be guesswork. Convert "
             f"it first: iconv -f ENCODING -t UTF-8 {path} > utf8{path.suffix}"
         ) from error
 
@@ -106,7 +111,7 @@ def _json_records(text: str, path: Path) -> Iterator[Any]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise CalibrationError(
-                f"--calibration {path}: line {error.lineno}, column {error.colno}: no JSON ({error.msg}). "
+                f"{path}: line {error.lineno}, column {error.colno}: no JSON ({error.msg}). "
                 f"The file may be cut off. {ANOTHER}"
             ) from error
         if isinstance(value, list):
@@ -118,7 +123,7 @@ def _json_records(text: str, path: Path) -> Iterator[Any]:
 def _parquet_records(path: Path) -> Iterator[Any]:
     if importlib.util.find_spec("pyarrow") is None:
         raise CalibrationError(
-            f"--calibration {path}: Parquet files are read by pyarrow, which is not installed here. Install "
+            f"{path}: Parquet files are read by pyarrow, which is not installed here. Install "
             "it (pip install pyarrow), or save the text as .jsonl."
         )
     parquet = importlib.import_module("pyarrow.parquet")
@@ -127,7 +132,7 @@ def _parquet_records(path: Path) -> Iterator[Any]:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
     except importlib.import_module("pyarrow").ArrowInvalid as error:
-        raise CalibrationError(f"--calibration {path}: no Parquet file ({error}). {ANOTHER}") from error
+        raise CalibrationError(f"{path}: no Parquet file ({error}). {ANOTHER}") from error
 
 
 def _read_hub(name: str, characters: int) -> str:

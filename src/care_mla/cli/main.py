@@ -6,6 +6,7 @@ failed; 130 interrupted, work kept. Nothing heavy is imported here, so that `car
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from importlib import import_module
 from care_mla import __version__, console
 from care_mla.errors import CareError
 
+# No room, read-only, over quota, not allowed: the user can mend these, and nothing of ours is wrong.
+UNWRITABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 COMMANDS = {
     "inspect": "what a model is, and whether it can be converted; reads its configuration alone",
     "plan": "memory, disk, time and cached values of a conversion; writes nothing",
@@ -80,3 +83,11 @@ def _run(name: str, arguments: list[str]) -> int:
         # The reader has left (`care plan demo | head`): nothing more can be said, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        terminal.error(
+            f"care {name}: {error.filename or 'the disk'}: {error.strerror}. Work so far is kept. Make room, "
+            "or choose a folder that can be written, and type the same command again."
+        )
+        return 2

@@ -57,7 +57,11 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         # The first block chose among candidates; the others have been seen by nothing.
         tokens_BL = blocks.held_out_BL[1:] if len(blocks.held_out_BL) > 1 else blocks.held_out_BL
     inputs = CalibratedLayers(source, workspace, stack.inv_freq_F, damping=config.damping, device=device)
-    groups = [candidates(group, config.allocation, inputs, per_layer=True) for group in wanted]
+    # As `convert` would choose: uniform in the form that stock engines serve, free in our own class.
+    groups = [
+        candidates(group, config.allocation, inputs, per_layer=group[0].form != "decoupled")
+        for group in wanted
+    ]
     steps = stack.num_layers + 1
     leaders = [group if _leader(group[0], groups) is None else group[:1] for group in groups]
     with console.progress("Choosing rope widths and freqfolds on held-out text", steps) as progress:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from care_mla import console as terminal
+from care_mla.calibrate.text import read_text_file
 from care_mla.configs import EvaluateConfig
 from care_mla.device import pick_device
 from care_mla.errors import CalibrationError
@@ -29,15 +30,9 @@ def token_blocks(
     """A text file as blocks of token ids (B, L).
 
     Raises:
-        CalibrationError: the file is not UTF-8 text, or has less than one block.
+        CalibrationError: the file cannot be read as text, or has less than one block.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}), so its tokens are unknown. "
-            f"Convert it first: iconv -t UTF-8 {path} > text.txt"
-        ) from error
+    text = read_text_file(path)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     if len(ids) < block:
         raise CalibrationError(

@@ -35,6 +35,9 @@ def pick_dtype(facts: ModelFacts, config: PlanConfig) -> torch.dtype:
             "with 3 bits less of each weight. Keep them with --dtype float32"
         )
         name = "bfloat16"
+    if name == "float64":
+        console.current().note("The original is float64; written in float32.")
+        name = "float32"
     dtype = getattr(torch, name)
     refuse_float16(dtype)
     return dtype
