@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from care_mla import console as terminal
 from care_mla.calibrate.layers import LayerStack
@@ -57,6 +60,16 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         check_calibration(source, config, device)
         source.check()
         require_finite(source, workspace)
+    # What the device or the model decided is written down, so that the recipe does the same elsewhere.
+    recipe = recipe_text(
+        replace(
+            config,
+            calibration_tokens=planned.calibration_tokens,
+            sequence_length=planned.sequence_length,
+            dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+            profile=profile,
+        )
+    )
     for warning in planned.warnings:
         console.warn(warning)
     stack = LayerStack(source, device=device)
@@ -78,7 +91,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             tokens_BL = blocks.held_out_BL[:VERIFY_BLOCKS, :VERIFY_LENGTH]
             num_layers = None if whole_model_fits(source, device) else min(SLICE_LAYERS, stack.num_layers)
             store_reference(folder, source, layers, tokens_BL, device=device, num_layers=num_layers)
-            write_text(folder / "recipe.yaml", recipe_text(config))
+            write_text(folder / "recipe.yaml", recipe)
         with stages("verify"):
             console.step("Verifying in a fresh process without care_mla")
             verdict = verify(VerifyConfig(model=folder, quiet=config.quiet))
@@ -100,7 +113,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "verify": verdict,
         }
         hashes = {"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash}
-        write_card(folder, _card(config, source, result, hashes))
+        write_card(folder, _card(config, source, result, recipe, hashes))
     return result
 
 
@@ -110,7 +123,11 @@ def _mean_cached(rows: list[dict[str, Any]]) -> int | float:
 
 
 def _card(
-    config: ConvertConfig, source: Source, result: dict[str, Any], fingerprints: dict[str, str]
+    config: ConvertConfig,
+    source: Source,
+    result: dict[str, Any],
+    recipe: str,
+    fingerprints: dict[str, str],
 ) -> Card:
     return Card(
         name=config.output.name,
@@ -123,7 +140,7 @@ def _card(
         cached_values=(result["cached_values"]["original"], result["cached_values"]["converted"]),
         kl_held_out=result["held_out_kl"],
         verify=result["verify"],
-        recipe=recipe_text(config),
+        recipe=recipe,
         versions=versions(),
         fingerprints=fingerprints,
         warnings=terminal.current().warnings,

@@ -21,7 +21,7 @@ from pico import pico_model
 HEAD = {"format", "versions", "seconds", "warnings"}
 VERDICT = {
     *("engine", "class", "relative_error", "max_abs_logprob_difference", "greedy_equal", "cached_values"),
-    *("kl_to_original", "passed", "problems"),
+    *("kl_to_original", "layers_compared", "passed", "problems"),
 }
 CALIBRATED = ("rotation", "statistics")
 WITHOUT_CARE = """
@@ -61,7 +61,7 @@ def test_layers_of_a_conversion(converted: Conversion) -> None:
     rows = converted.done.json["layers"]
     assert len(rows) == 3
     for row in rows:
-        assert set(row) == {"rank", "ranks", "predicted_error", "spectrum", "gamma"}
+        assert set(row) == {"rank", "ranks", "cached_values", "predicted_error", "spectrum", "gamma"}
         assert row["rank"] == converted.done.json["kv_lora_rank"]
         assert 0 < row["predicted_error"] < 1
         assert row["spectrum"] == sorted(row["spectrum"], reverse=True)
