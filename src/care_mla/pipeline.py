@@ -179,7 +179,8 @@ def _factor(
             layer_inputs = inputs[layer_idx]
             decomposition = factor(layer_inputs)
             latent = decomposition.cut(ranks)
-            latent.to("cpu").save(workspace.path(folder, layer_file(layer_idx)))
+            # Rounded here, once, so that reference and export are the same model.
+            latent.to("cpu", torch.float32).save(workspace.path(folder, layer_file(layer_idx)))
             spectra = [spectrum.cpu() for spectrum in decomposition.spectra]
             lost = sum(float(s[rank:].sum()) for s, rank in zip(spectra, ranks, strict=True))
             row = {

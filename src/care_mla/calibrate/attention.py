@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from care_mla.calibrate.statistics import RotationSums
+from care_mla.plan import ATTENTION_ROWS
 
 OBSERVED = "care_observed"
 # Rows of attention probabilities held at once, for the query heads of one KV head: memory grows with L alone.
-ROWS = 128
+ROWS = ATTENTION_ROWS
 
 
 def observed_attention(
@@ -74,15 +75,15 @@ class Turn:
         return as_complex(grad_BNLH) * self.turn_LF.conj() * self.scale
 
 
-def as_complex(x_H: Tensor) -> Tensor:
-    """Half-split pairs (f, f + F) of the last axis as complex numbers."""
-    real_F, imag_F = x_H.chunk(2, dim=-1)
+def as_complex(x_H: Tensor, dim: int = -1) -> Tensor:
+    """Half-split pairs (f, f + F) along an axis as complex numbers."""
+    real_F, imag_F = x_H.chunk(2, dim=dim)
     return torch.complex(real_F.contiguous(), imag_F.contiguous())
 
 
-def as_pairs(x_F: Tensor) -> Tensor:
-    """Complex numbers back to half-split pairs on the last axis."""
-    return torch.cat([x_F.real, x_F.imag], dim=-1)
+def as_pairs(x_F: Tensor, dim: int = -1) -> Tensor:
+    """Complex numbers back to half-split pairs along an axis."""
+    return torch.cat([x_F.real, x_F.imag], dim=dim)
 
 
 class RowBlock(NamedTuple):

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from care_mla.calibrate.attention import OBSERVED, FisherObserver, RotationObserver, Turn, observe
 from care_mla.calibrate.sample import draw
 from care_mla.calibrate.statistics import LayerSums, RotationSums, marks
+from care_mla.plan import MICRO_BATCH_TOKENS
 from care_mla.workspace import Workspace, layer_file, save_tensors
 
 if TYPE_CHECKING:
     from care_mla.calibrate.layers import LayerStack
 
-MICRO_BATCH_TOKENS = 2048
 HEAD_ROWS = 512
 Advance = Callable[[], None]
 

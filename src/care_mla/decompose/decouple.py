@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from care_mla.calibrate.attention import as_complex, as_pairs
 from care_mla.decompose.layer_inputs import LayerInputs
 
 
@@ -34,17 +35,6 @@ class ComplexSplit:
     q_rope_bias_NP: Tensor | None
     q_nope_bias_NM: Tensor | None
     inv_freq_F: Tensor
-
-
-def as_complex(x_H: Tensor, dim: int) -> Tensor:
-    """Half-split pairs along `dim` as complex numbers."""
-    real_F, imag_F = x_H.chunk(2, dim=dim)
-    return torch.complex(real_F.contiguous(), imag_F.contiguous())
-
-
-def as_pairs(x_F: Tensor, dim: int) -> Tensor:
-    """Complex numbers back to half-split pairs along `dim`."""
-    return torch.cat([x_F.real, x_F.imag], dim=dim)
 
 
 def decouple(

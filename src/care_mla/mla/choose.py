@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor
 
@@ -131,12 +131,4 @@ def choose(
         write_json(path, {label: found.mean_kl for label, found in measured.items()})
     kl = json.loads(path.read_text(encoding="utf-8"))
     best = [min(group, key=lambda choice: kl.get(choice.label, 0.0)) for group in groups]
-    return [
-        Choice(
-            **{
-                **{f: getattr(c, f) for f in ("variant", "allocation", "ranks")},
-                "held_out_kl": kl.get(c.label),
-            }
-        )
-        for c in best
-    ]
+    return [replace(choice, held_out_kl=kl.get(choice.label)) for choice in best]
