@@ -53,7 +53,7 @@ def test_the_three_commands_of_the_readme(converted: Conversion, tmp_path: Path)
         done = care(tmp_path, *words, *FAST)
         assert done.code == 0, done.err
     assert (tmp_path / "OUT" / "config.json").exists()
-    (tmp_path / "FILE").write_text((converted.folder / "text.txt").read_text())
+    (tmp_path / "t.txt").write_text((converted.folder / "text.txt").read_text())
     (evaluate,) = [words[1:] for words in commands("README.md") if words[1] == "evaluate"]
     done = care(tmp_path, *evaluate, "--block", "256")
     assert done.code == 0, done.err
