@@ -117,8 +117,40 @@ def convert() -> str:
     )
 
 
+def long_blocks() -> str:
+    """Methods in blocks of 2,048 tokens: beyond the length that calibration text of one document has."""
+    (result,) = read("one-shot/compare-0.5-block2048-seed0.json")
+    original = result["original"]["perplexity"]
+    rows = [
+        [f"`{row['method']}`", row["form"], f"{row['perplexity']:.2f}", f"{row['kl']:.3f}"]
+        for row in sorted(result["rows"], key=lambda row: row["perplexity"])
+    ]
+    return markdown(
+        ["method", "form", "perplexity", "KL"], [["original", "-", f"{original:.2f}", "0"], *rows]
+    )
+
+
+def published() -> str:
+    """Methods at the settings of published code."""
+    (result,) = read("one-shot/published.json")
+    rows = [["original", "-", "-", f"{result['original']['perplexity']:.2f}"]]
+    rows += [
+        [
+            f"`{row['method']}`",
+            row["form"],
+            str(row["qk_rope_head_dim"] or "-"),
+            f"{row['perplexity']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["method", "form", "P", "perplexity"], rows)
+
+
 TABLES = {
     "one-shot-0.5": lambda: one_shot("0.5"),
+    "one-shot-0.25": lambda: one_shot("0.25"),
+    "long-blocks": long_blocks,
+    "published": published,
     "headline": headline,
     "ablations": ablations,
     "convert": convert,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Raised when a version of care gives files in a work folder another meaning; older ones are then not reused.
-SCHEMA = 1
+SCHEMA = 2
 
 
 def fingerprint(value: Any) -> str:

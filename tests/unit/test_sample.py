@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from care_mla.calibrate import sample
-from care_mla.calibrate.sample import draw, load_model, sample_sequences
+from care_mla.calibrate.sample import TEMPERATURE, draw, load_model, sample_sequences
 from care_mla.checkpoint.opening import open_source
 
 from pico import pico_model
@@ -56,7 +56,7 @@ def test_each_token_is_the_one_that_its_number_picks(folder: Path) -> None:
     model = load_model(open_source(str(folder)), device=CPU)
     tokens_BL = sample_sequences(model, start_token=0, num_sequences=3, length=16, seed=0)
     # The stock model on the whole text, without any cache.
-    probs_BLS = model(tokens_BL).logits.double().softmax(-1)
+    probs_BLS = (model(tokens_BL).logits.double() / TEMPERATURE).softmax(-1)
     for b in range(3):
         uniform_L = torch.rand(16, generator=sample._generator(0, b), dtype=torch.float64)
         for position in range(15):

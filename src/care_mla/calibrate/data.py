@@ -183,7 +183,7 @@ def _sample_blocks(
     A small model loses its thread in long texts of its own, so the long blocks are short ones joined. The
     last one may lack a rest of them that fills no block.
     """
-    from care_mla.calibrate.sample import load_model, sample_sequences
+    from care_mla.calibrate.sample import TEMPERATURE, load_model, sample_sequences
 
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, source.facts.dtype)
     length = lengths.short
@@ -211,8 +211,8 @@ def _sample_blocks(
         )
     short_BL, extra_BL = sequences_BL.split([lengths.num_short, num_extra])
     description = (
-        f"{lengths.num_short} sequences of {length} tokens that the model wrote itself (temperature 1, from "
-        f"token {start_token}, seed {seed})"
+        f"{lengths.num_short} sequences of {length} tokens that the model wrote itself (temperature "
+        f"{TEMPERATURE}, from token {start_token}, seed {seed})"
     )
     long_BL = _pack(short_BL, min(lengths.long, short_BL.numel()))
     return _token_blocks(short_BL, long_BL, _pack(extra_BL, lengths.held_out), description)

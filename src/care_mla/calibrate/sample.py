@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
 
 RUN = 256  # ids of a vocabulary that `draw` takes together
+# At 1 a small model soon wanders off: the demo model finds text of its own as surprising as a perplexity of
+# 56, natural text 29. At 0.9 its text has 20, and one of 0.8 (6) repeats itself; conversions are best at 0.9.
+TEMPERATURE = 0.9
 
 
 def load_model(
@@ -48,7 +51,7 @@ def sample_sequences(
     first_sequence: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Token ids (B, L) drawn from the model at temperature 1, after the start token, which comes first.
+    """Token ids (B, L) drawn from the model at TEMPERATURE, after the start token, which comes first.
 
     An end-of-text token inside a sequence stays there and the model goes on, as in packed text. Sequence i
     draws from a generator of its own, keyed by (seed, first_sequence + i).
@@ -67,7 +70,7 @@ def sample_sequences(
     for position in range(length - 1):
         with torch.no_grad():
             output = model(tokens_BL[:, position : position + 1], use_cache=True, **cached)
-        probs_BS = output.logits[:, -1].float().softmax(-1)
+        probs_BS = (output.logits[:, -1].float() / TEMPERATURE).softmax(-1)
         tokens_BL[:, position + 1] = draw(probs_BS, uniform_BL[:, position])
         advance()
     return tokens_BL.cpu()
