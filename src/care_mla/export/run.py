@@ -1,4 +1,4 @@
-"""`export`: a converted folder written again in another profile, and nothing computed anew."""
+"""`export_model`: a converted folder written again in another profile, and nothing computed anew."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 RECIPE = "recipe.yaml"
 
 
-def export(config: ExportConfig) -> dict[str, Any]:
+def export_model(config: ExportConfig) -> dict[str, Any]:
     """Write a converted model in another profile.
 
     Returns:
