@@ -120,6 +120,8 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return f"sliding_window {facts.sliding_window}: DeepSeek's attention sees all positions"
     if facts.mlp_bias:
         return "mlp_bias: DeepSeek's MLP has no biases"
+    if facts.sparse_layers:
+        return "a mixture of experts under a softmax: DeepSeek-V3's router takes a sigmoid"
     if engine != "transformers" and (facts.q_bias or facts.k_bias or facts.v_bias or facts.o_bias):
         return f"attention biases: {engine} ignores them in DeepSeek models"
     if engine != "transformers" and facts.rope_type != "default":
@@ -253,8 +255,17 @@ def parameter_count(facts: ModelFacts, form: Form | None = None, dims: Dims | No
     """Weights of the source model, or of the converted one if form and widths are given; without biases."""
     embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
     norms = (2 * facts.num_hidden_layers + 1) * facts.hidden_size
-    mlp = 3 * facts.hidden_size * facts.intermediate_size
-    return embeddings + norms + facts.num_hidden_layers * (_attention_parameters(facts, form, dims) + mlp)
+    mlps = sum(_mlp_parameters(facts, layer_idx) for layer_idx in range(facts.num_hidden_layers))
+    return embeddings + norms + facts.num_hidden_layers * _attention_parameters(facts, form, dims) + mlps
+
+
+def _mlp_parameters(facts: ModelFacts, layer_idx: int, *, only_used: bool = False) -> int:
+    """Weights of a layer's MLP, or of its router and all experts (`only_used`: those that a token uses)."""
+    if layer_idx not in facts.sparse_layers:
+        return 3 * facts.hidden_size * facts.intermediate_size
+    experts = facts.num_experts_per_tok if only_used else facts.num_experts
+    router = facts.num_experts * facts.hidden_size
+    return router + experts * 3 * facts.hidden_size * facts.moe_intermediate_size
 
 
 def _attention_parameters(facts: ModelFacts, form: Form | None = None, dims: Dims | None = None) -> int:
@@ -280,7 +291,12 @@ def _attention_bytes(facts: ModelFacts, length: int) -> int:
 
 def _activation_bytes(facts: ModelFacts, tokens: int) -> int:
     """What one layer holds for so many tokens at once, float32."""
-    return 4 * 8 * tokens * (facts.hidden_size + facts.intermediate_size)
+    layers = range(facts.num_hidden_layers)
+    is_dense = any(layer_idx not in facts.sparse_layers for layer_idx in layers)
+    inner = max(
+        facts.intermediate_size if is_dense else 0, facts.num_experts_per_tok * facts.moe_intermediate_size
+    )
+    return 4 * 8 * tokens * (facts.hidden_size + inner)
 
 
 def _statistics_bytes(facts: ModelFacts) -> int:
@@ -291,7 +307,8 @@ def _statistics_bytes(facts: ModelFacts) -> int:
 
 
 def _memory(facts: ModelFacts, layer_inputs_bytes: int, length: int, gamma_length: int) -> dict[str, int]:
-    layer = _attention_parameters(facts) + 3 * facts.hidden_size * facts.intermediate_size
+    mlps = [_mlp_parameters(facts, layer_idx) for layer_idx in range(facts.num_hidden_layers)]
+    layer = _attention_parameters(facts) + max(mlps)
     tables = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
     widest = max(facts.hidden_size, facts.cached_values)
     batch = max(1, MICRO_BATCH_TOKENS // length)
@@ -322,13 +339,16 @@ def _whole_model_bytes(facts: ModelFacts, tokens: int, *, is_self: bool) -> int:
 
 def _flops(facts: ModelFacts, tokens: int, length: int, gamma_length: int, *, is_self: bool) -> float:
     """Operations that no run can avoid; two per multiply-add."""
-    layer = _attention_parameters(facts) + 3 * facts.hidden_size * facts.intermediate_size
+    layers = facts.num_hidden_layers
+    weights = layers * _attention_parameters(facts) + sum(
+        _mlp_parameters(facts, layer_idx, only_used=True) for layer_idx in range(layers)
+    )
     head = 2.0 * tokens * facts.vocab_size * facts.hidden_size
 
     def forward(at_length: int) -> float:
         # Queries meet half of the keys on average: two products of N * H * L / 2 multiply-adds per token.
         attention = 2.0 * facts.num_attention_heads * facts.head_dim * at_length
-        return tokens * facts.num_hidden_layers * (2.0 * layer + attention)
+        return tokens * (2.0 * weights + layers * attention)
 
     # Forward sweep, and recomputation with the gradients of activations in the backward sweep.
     sweeps = 3 * forward(length) + 2 * head + forward(gamma_length)

@@ -121,7 +121,8 @@ def deepseek_config(facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.
         "v_head_dim": facts.head_dim,
         "attention_bias": has_bias,
         "rms_norm_eps": NORM_EPS,
-        "rope_parameters": facts.rope_parameters,
+        # Of its rope key the class rotates all.
+        "rope_parameters": {k: v for k, v in facts.rope_parameters.items() if k != "partial_rotary_factor"},
         "rope_interleave": True,
         "tie_word_embeddings": facts.tie_word_embeddings,
         "hidden_act": "silu",
