@@ -14,7 +14,7 @@ class ModelFacts:
     from it. RoPE turns the first `rotary_dim` dimensions of a head, half-split among themselves, and passes
     the others. The layers in `sparse_layers` have `num_experts` MLPs of width `moe_intermediate_size` in
     place of one of width `intermediate_size`: of a softmax over the router's logits the `num_experts_per_tok`
-    largest count, divided by their sum where `norm_topk_prob` says so.
+    largest count, divided by their sum where `norm_topk_prob` says so, times `routed_scaling_factor`.
     """
 
     family: str
@@ -43,6 +43,7 @@ class ModelFacts:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
     sparse_layers: frozenset[int] = frozenset()
     dtype: str = "float32"
     config: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -18,6 +18,7 @@ from care_mla.budget import Dims, cached_values, resolve_dims
 from care_mla.configs import CalibrationConfig, Form, PlanConfig, Profile
 from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
+from care_mla.routers import router_blocker
 
 GIB = 2**30
 ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at once
@@ -28,6 +29,8 @@ SAMPLING_CACHE_BYTES = 2**31  # keys and values while the model writes its own t
 REFERENCE_BYTES = 2**32  # the reference forward keeps its weights between steps only up to here
 # Without a measurement: a laptop's float32 matrix products, and those of a data-centre GPU (TF32).
 ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}
+# In the order in which they are tried: the first serves most engines, the last transformers alone.
+STOCK_PROFILES: tuple[Profile, ...] = ("deepseek-v3", "deepseek-v2", "mistral4")
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -110,9 +113,9 @@ def machine_memory() -> int:
 def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> str | None:
     """Why a profile cannot express this model exactly in an engine; None where it can.
 
-    deepseek-v3 has no sliding window and no MLP bias anywhere, and attention biases and scaled RoPE in
-    transformers alone. What depends on more than the model (form, ranks, dtype) is checked in
-    export/deepseek.py, which asks here first.
+    Stock profiles have no sliding window and no MLP bias anywhere, and attention biases and scaled RoPE in
+    transformers alone; each has a router of its own. What depends on more than the model (form, ranks,
+    dtype) is checked in export/deepseek.py, which asks here first.
     """
     if profile == "care":
         return None if engine == "transformers" else "our own class runs in transformers"
@@ -120,8 +123,8 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return f"sliding_window {facts.sliding_window}: DeepSeek's attention sees all positions"
     if facts.mlp_bias:
         return "mlp_bias: DeepSeek's MLP has no biases"
-    if facts.sparse_layers:
-        return "a mixture of experts under a softmax: DeepSeek-V3's router takes a sigmoid"
+    if (router := router_blocker(facts, profile, engine)) is not None:
+        return router
     if engine != "transformers" and (facts.q_bias or facts.k_bias or facts.v_bias or facts.o_bias):
         return f"attention biases: {engine} ignores them in DeepSeek models"
     if engine != "transformers" and facts.rope_type != "default":
@@ -129,17 +132,27 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
     return None
 
 
-def check_profile(facts: ModelFacts, profile: Profile) -> None:
-    """Refuse a profile that cannot express the model, before any work.
+def stock_profile(facts: ModelFacts) -> tuple[Profile | None, str]:
+    """The stock profile that transformers runs exactly, and why there is none or not the usual one."""
+    reasons = {profile: profile_blocker(facts, profile) for profile in STOCK_PROFILES}
+    found = next((profile for profile, reason in reasons.items() if reason is None), None)
+    usual = reasons["mistral4" if facts.sparse_layers and found is None else "deepseek-v3"]
+    return found, usual or ""
+
+
+def check_profile(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> None:
+    """Refuse a profile that cannot express the model in an engine, before any work.
 
     Raises:
         ExportError: the message names the feature.
     """
-    blocker = profile_blocker(facts, profile)
+    blocker = profile_blocker(facts, profile, engine=engine)
     if blocker is not None:
+        stock, _ = stock_profile(facts)
+        other = "" if stock is None else f"--profile {stock}, which stock transformers runs, or "
         raise ExportError(
             f"--profile {profile} cannot express this {facts.family} model ({blocker}). Nothing was written. "
-            "Choose --profile care, our own transformers class, which keeps it exactly."
+            f"Choose {other}--profile care, our own transformers class, which keeps it exactly."
         )
 
 

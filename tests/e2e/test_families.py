@@ -28,10 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3-partial-window": {"family": "phi3", "rope": PARTIAL, "sliding_window": 32},
     "qwen2": {"family": "qwen2", "tied": False},
 }
+STOCK_PROFILES = {"mixtral": "mistral4"}
 # What DeepSeek's class cannot say, by the words of the warning.
 OWN_CLASS = {
     "mistral-window": "sliding_window 32",
-    "mixtral": "mixture of experts",
     "mixtral-window": "sliding_window 32",
     "phi3-partial-window": "sliding_window 32",
     "llama-mlp-bias": "mlp_bias",
@@ -63,7 +63,7 @@ def test_model_is_converted_in_both_forms(name: str, tmp_path: Path) -> None:
         assert verdict["relative_error"] < 2e-5
         assert body["cached_values"]["converted"] == body["cached_values"]["original"] / 2
         is_stock = form == "decoupled" and name not in OWN_CLASS
-        assert body["profile"] == ("deepseek-v3" if is_stock else "care")
+        assert body["profile"] == (STOCK_PROFILES.get(name, "deepseek-v3") if is_stock else "care")
         if form == "decoupled":
             warned = [text for text in console.current().warnings if "profile care" in text]
             assert bool(warned) is (name in OWN_CLASS)

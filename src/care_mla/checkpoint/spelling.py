@@ -18,7 +18,9 @@ from care_mla.errors import CheckpointError
 from care_mla.facts import ModelFacts
 from care_mla.families import family_of, layer_weight_names
 
-LAYER = re.compile(r"(model\.layers\.(\d+)\.)(.+)\.(weight|bias)")
+LAYER = re.compile(r"(model\.layers\.(\d+)\.)(.+)\.(weight|bias|gate_up_proj|down_proj)")
+# What all experts of a layer are in transformers' modules, and so in the profile `care`.
+STACKED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 class Part(NamedTuple):
@@ -26,7 +28,7 @@ class Part(NamedTuple):
 
     name: str
     stored: str
-    rows: slice | None
+    rows: tuple[int | slice, ...] | None
     shape: tuple[int, ...]
 
 
@@ -41,6 +43,8 @@ def parts_of(stored: str, shape: tuple[int, ...], facts: ModelFacts) -> list[Par
     if found is None:
         return [Part(stored, stored, None, shape)]
     prefix, layer_idx, module, suffix = found.groups()
+    if f"{module}.{suffix}" in STACKED and int(layer_idx) in facts.sparse_layers:
+        return _expert_parts(stored, shape, facts)
     if module not in family.fused:
         return [Part(_renamed(stored, family.renamed), stored, None, shape)]
     names = [f"{each}.{suffix}" for each in family.fused[module]]
@@ -55,9 +59,28 @@ def parts_of(stored: str, shape: tuple[int, ...], facts: ModelFacts) -> list[Par
         )
     parts, start = [], 0
     for name, count in zip(names, counts, strict=True):
-        parts.append(Part(prefix + name, stored, slice(start, start + count), (count, *shape[1:])))
+        parts.append(Part(prefix + name, stored, (slice(start, start + count),), (count, *shape[1:])))
         start += count
     return parts
+
+
+def _expert_parts(stored: str, shape: tuple[int, ...], facts: ModelFacts) -> list[Part]:
+    prefix, _, whole = stored.rpartition(".")
+    inner, hidden = facts.moe_intermediate_size, facts.hidden_size
+    names, rows, size = ("down_proj",), hidden, (hidden, inner)
+    if whole == "gate_up_proj":
+        names, rows, size = ("gate_proj", "up_proj"), inner, (inner, hidden)
+    expected = (facts.num_experts, len(names) * rows, size[1])
+    if shape != expected:
+        raise CheckpointError(
+            f"{stored} has shape {list(shape)}, and config.json asks for {list(expected)}. Correct "
+            "config.json, or download the checkpoint again."
+        )
+    return [
+        Part(f"{prefix}.{e}.{name}.weight", stored, (e, slice(i * rows, (i + 1) * rows)), size)
+        for e in range(facts.num_experts)
+        for i, name in enumerate(names)
+    ]
 
 
 def stored_name(name: str, facts: ModelFacts) -> str:
@@ -96,12 +119,12 @@ def module_tensors(facts: ModelFacts, layer_idx: int, tensors: Mapping[str, Tens
             if present := [each for each in rows if each is not None]:
                 result[f"{whole}.{suffix}"] = torch.cat(present)
     if layer_idx in facts.sparse_layers and "mlp.gate.weight" in tensors:
-        result |= _stacked(facts, result)
+        result |= stacked_experts(facts, result)
     return result
 
 
-def _stacked(facts: ModelFacts, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All experts of a layer, taken out of `tensors`."""
+def stacked_experts(facts: ModelFacts, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All experts of a layer as transformers' modules have them; they are taken out of `tensors`."""
     first = tensors["mlp.experts.0.gate_proj.weight"]
     inner, hidden = first.shape
     gate_up_EJD = first.new_empty(facts.num_experts, 2 * inner, hidden)

@@ -169,7 +169,7 @@ class Reference:
             expert = {name: self._wide(t) for name, t in weights.items() if name.startswith(prefix)}
             is_chosen_BLk = chosen_BLk == expert_idx
             tokens_BL = is_chosen_BLk.any(-1)
-            weight_BL = (top_BLk * is_chosen_BLk).sum(-1)
+            weight_BL = self.facts.routed_scaling_factor * (top_BLk * is_chosen_BLk).sum(-1)
             out_TD = gated_mlp(expert, prefix.removesuffix("."), x_BLD[tokens_BL])
             out_BLD[tokens_BL] += weight_BL[tokens_BL][:, None] * out_TD
         return out_BLD
