@@ -21,16 +21,33 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CLASSES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
 }
+# What no family reads yet.
+OTHER_CLASSES: dict[str, tuple[type, type]] = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM)}
+# Few experts, but more than a token uses.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "qwen3_moe": {
+        "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True,
+    },
+}  # fmt: skip
 # Wavelengths of 16-wide heads lie in all three regions of the scaling: kept, interpolated, divided.
 LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
@@ -71,14 +88,14 @@ def pico_model(
 
     Args:
         folder: created.
-        family: `llama`, `mistral` or `qwen2`.
+        family: a key of `CLASSES` or `OTHER_CLASSES`.
         vocab: pieces of the byte-level BPE, at least 256; `vocab_size` is this plus the two special tokens.
         shards: about how many safetensors files.
         rope: `rope_parameters`, or the word `llama3`; default is plain RoPE with theta 10000.
         tokenizer: whether a tokenizer is saved too.
         **config_overrides: any other key of the configuration, such as `attention_bias=True`.
     """
-    config_class, model_class = CLASSES[family]
+    config_class, model_class = (CLASSES | OTHER_CLASSES)[family]
     options: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -98,6 +115,9 @@ def pico_model(
     }
     if family == "mistral":
         options["sliding_window"] = None
+    if family == "phi3":
+        options["pad_token_id"] = 1  # the default lies beyond the vocabulary
+    options |= EXPERTS.get(family, {})
     model = model_class(config_class(**(options | config_overrides)))
     _fill(model, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,6 +146,12 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
             elif "q_proj" in name or "k_proj" in name:
                 # Attention logits have a standard deviation of about 2.5, whatever the width.
                 value = 1.6 * noise / hidden**0.5
+            elif "qkv_proj" in name:
+                value = noise / hidden**0.5
+                value[: -model.config.num_key_value_heads * model.config.head_dim] *= 1.6
+            elif name.endswith("mlp.gate.weight"):
+                # A router that is neither undecided nor always sure.
+                value = 2 * noise / hidden**0.5
             else:
                 value = noise / parameter.shape[-1] ** 0.5
             parameter.copy_(value)

@@ -73,16 +73,16 @@ def resolve_dims(facts: ModelFacts, options: RankOptions, *, form: Form, method:
 
 
 def _rope_widths(facts: ModelFacts, given: int | None, form: Form) -> list[int]:
-    """Widths of the RoPE key to try: fractions of head_dim, since neighbouring frequencies fold together."""
+    """Widths of the RoPE key to try: fractions of what RoPE turns, since neighbouring frequencies fold."""
     if form == "exact-rope":
         return [0]
     folds = (1, 2, 4, 8) if form == "decoupled" else (2, 4, 8)
-    widths = [facts.head_dim // fold for fold in folds if facts.head_dim % (2 * fold) == 0]
+    widths = [facts.rotary_dim // fold for fold in folds if facts.rotary_dim % (2 * fold) == 0]
     if given is not None:
         if given not in widths:
             raise OptionError(
-                f"--qk-rope-head-dim {given} does not divide head_dim {facts.head_dim} as --form {form} "
-                "needs. "
+                f"--qk-rope-head-dim {given} does not divide the {facts.rotary_dim} dimensions that RoPE "
+                f"turns in each head as --form {form} needs. "
                 f"Choose one of: {', '.join(map(str, widths))}"
             )
         return [given]

@@ -11,7 +11,10 @@ class ModelFacts:
     """Dimensions and switches of a decoder, under the names that its `config.json` gives them.
 
     `config` is the complete configuration as transformers spells it, so that the stock classes can be built
-    from it.
+    from it. RoPE turns the first `rotary_dim` dimensions of a head, half-split among themselves, and passes
+    the others. The layers in `sparse_layers` have `num_experts` MLPs of width `moe_intermediate_size` in
+    place of one of width `intermediate_size`: of a softmax over the router's logits the `num_experts_per_tok`
+    largest count, divided by their sum where `norm_topk_prob` says so, times `routed_scaling_factor`.
     """
 
     family: str
@@ -35,6 +38,13 @@ class ModelFacts:
     o_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    rotary_dim: int
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    sparse_layers: frozenset[int] = frozenset()
     dtype: str = "float32"
     config: dict[str, Any] = field(default_factory=dict, repr=False)
 

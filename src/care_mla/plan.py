@@ -18,6 +18,7 @@ from care_mla.budget import Dims, cached_values, resolve_dims
 from care_mla.configs import CalibrationConfig, Form, PlanConfig, Profile
 from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
+from care_mla.routers import router_blocker
 
 GIB = 2**30
 ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at once
@@ -28,6 +29,8 @@ SAMPLING_CACHE_BYTES = 2**31  # keys and values while the model writes its own t
 REFERENCE_BYTES = 2**32  # the reference forward keeps its weights between steps only up to here
 # Without a measurement: a laptop's float32 matrix products, and those of a data-centre GPU (TF32).
 ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}
+# In the order in which they are tried: the first serves most engines, the last transformers alone.
+STOCK_PROFILES: tuple[Profile, ...] = ("deepseek-v3", "deepseek-v2", "mistral4")
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -110,9 +113,9 @@ def machine_memory() -> int:
 def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> str | None:
     """Why a profile cannot express this model exactly in an engine; None where it can.
 
-    deepseek-v3 has no sliding window and no MLP bias anywhere, and attention biases and scaled RoPE in
-    transformers alone. What depends on more than the model (form, ranks, dtype) is checked in
-    export/deepseek.py, which asks here first.
+    Stock profiles have no sliding window and no MLP bias anywhere, and attention biases and scaled RoPE in
+    transformers alone; each has a router of its own. What depends on more than the model (form, ranks,
+    dtype) is checked in export/deepseek.py, which asks here first.
     """
     if profile == "care":
         return None if engine == "transformers" else "our own class runs in transformers"
@@ -120,6 +123,8 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return f"sliding_window {facts.sliding_window}: DeepSeek's attention sees all positions"
     if facts.mlp_bias:
         return "mlp_bias: DeepSeek's MLP has no biases"
+    if (router := router_blocker(facts, profile, engine)) is not None:
+        return router
     if engine != "transformers" and (facts.q_bias or facts.k_bias or facts.v_bias or facts.o_bias):
         return f"attention biases: {engine} ignores them in DeepSeek models"
     if engine != "transformers" and facts.rope_type != "default":
@@ -127,17 +132,27 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
     return None
 
 
-def check_profile(facts: ModelFacts, profile: Profile) -> None:
-    """Refuse a profile that cannot express the model, before any work.
+def stock_profile(facts: ModelFacts) -> tuple[Profile | None, str]:
+    """The stock profile that transformers runs exactly, and why there is none or not the usual one."""
+    reasons = {profile: profile_blocker(facts, profile) for profile in STOCK_PROFILES}
+    found = next((profile for profile, reason in reasons.items() if reason is None), None)
+    usual = reasons["mistral4" if facts.sparse_layers and found is None else "deepseek-v3"]
+    return found, usual or ""
+
+
+def check_profile(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> None:
+    """Refuse a profile that cannot express the model in an engine, before any work.
 
     Raises:
         ExportError: the message names the feature.
     """
-    blocker = profile_blocker(facts, profile)
+    blocker = profile_blocker(facts, profile, engine=engine)
     if blocker is not None:
+        stock, _ = stock_profile(facts)
+        other = "" if stock is None else f"--profile {stock}, which stock transformers runs, or "
         raise ExportError(
             f"--profile {profile} cannot express this {facts.family} model ({blocker}). Nothing was written. "
-            "Choose --profile care, our own transformers class, which keeps it exactly."
+            f"Choose {other}--profile care, our own transformers class, which keeps it exactly."
         )
 
 
@@ -253,8 +268,17 @@ def parameter_count(facts: ModelFacts, form: Form | None = None, dims: Dims | No
     """Weights of the source model, or of the converted one if form and widths are given; without biases."""
     embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
     norms = (2 * facts.num_hidden_layers + 1) * facts.hidden_size
-    mlp = 3 * facts.hidden_size * facts.intermediate_size
-    return embeddings + norms + facts.num_hidden_layers * (_attention_parameters(facts, form, dims) + mlp)
+    mlps = sum(_mlp_parameters(facts, layer_idx) for layer_idx in range(facts.num_hidden_layers))
+    return embeddings + norms + facts.num_hidden_layers * _attention_parameters(facts, form, dims) + mlps
+
+
+def _mlp_parameters(facts: ModelFacts, layer_idx: int, *, only_used: bool = False) -> int:
+    """Weights of a layer's MLP, or of its router and all experts (`only_used`: those that a token uses)."""
+    if layer_idx not in facts.sparse_layers:
+        return 3 * facts.hidden_size * facts.intermediate_size
+    experts = facts.num_experts_per_tok if only_used else facts.num_experts
+    router = facts.num_experts * facts.hidden_size
+    return router + experts * 3 * facts.hidden_size * facts.moe_intermediate_size
 
 
 def _attention_parameters(facts: ModelFacts, form: Form | None = None, dims: Dims | None = None) -> int:
@@ -280,7 +304,12 @@ def _attention_bytes(facts: ModelFacts, length: int) -> int:
 
 def _activation_bytes(facts: ModelFacts, tokens: int) -> int:
     """What one layer holds for so many tokens at once, float32."""
-    return 4 * 8 * tokens * (facts.hidden_size + facts.intermediate_size)
+    layers = range(facts.num_hidden_layers)
+    is_dense = any(layer_idx not in facts.sparse_layers for layer_idx in layers)
+    inner = max(
+        facts.intermediate_size if is_dense else 0, facts.num_experts_per_tok * facts.moe_intermediate_size
+    )
+    return 4 * 8 * tokens * (facts.hidden_size + inner)
 
 
 def _statistics_bytes(facts: ModelFacts) -> int:
@@ -291,7 +320,8 @@ def _statistics_bytes(facts: ModelFacts) -> int:
 
 
 def _memory(facts: ModelFacts, layer_inputs_bytes: int, length: int, gamma_length: int) -> dict[str, int]:
-    layer = _attention_parameters(facts) + 3 * facts.hidden_size * facts.intermediate_size
+    mlps = [_mlp_parameters(facts, layer_idx) for layer_idx in range(facts.num_hidden_layers)]
+    layer = _attention_parameters(facts) + max(mlps)
     tables = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
     widest = max(facts.hidden_size, facts.cached_values)
     batch = max(1, MICRO_BATCH_TOKENS // length)
@@ -322,13 +352,16 @@ def _whole_model_bytes(facts: ModelFacts, tokens: int, *, is_self: bool) -> int:
 
 def _flops(facts: ModelFacts, tokens: int, length: int, gamma_length: int, *, is_self: bool) -> float:
     """Operations that no run can avoid; two per multiply-add."""
-    layer = _attention_parameters(facts) + 3 * facts.hidden_size * facts.intermediate_size
+    layers = facts.num_hidden_layers
+    weights = layers * _attention_parameters(facts) + sum(
+        _mlp_parameters(facts, layer_idx, only_used=True) for layer_idx in range(layers)
+    )
     head = 2.0 * tokens * facts.vocab_size * facts.hidden_size
 
     def forward(at_length: int) -> float:
         # Queries meet half of the keys on average: two products of N * H * L / 2 multiply-adds per token.
         attention = 2.0 * facts.num_attention_heads * facts.head_dim * at_length
-        return tokens * facts.num_hidden_layers * (2.0 * layer + attention)
+        return tokens * (2.0 * weights + layers * attention)
 
     # Forward sweep, and recomputation with the gradients of activations in the backward sweep.
     sweeps = 3 * forward(length) + 2 * head + forward(gamma_length)

@@ -25,6 +25,7 @@ BASE = {
     "factors",
     "budget",
     "device",
+    "routers",
     "versions",
 }
 STEPS = [

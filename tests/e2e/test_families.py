@@ -12,6 +12,7 @@ from care_mla.configs import Form
 
 from pico import pico_model, pico_text
 
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 MODELS: dict[str, dict[str, Any]] = {
     "llama-mha-untied": {"kv_heads": 4, "tied": False},
     "llama-gqa-llama3": {"rope": "llama3"},
@@ -20,10 +21,21 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-wide-heads": {"heads": 2, "kv_heads": 1, "head_dim": 48, "tied": False},
     "mistral": {"family": "mistral", "tied": False},
     "mistral-window": {"family": "mistral", "sliding_window": 32},
+    "mixtral": {"family": "mixtral", "tied": False},
+    "mixtral-window": {"family": "mixtral", "sliding_window": 32},
+    "phi3": {"family": "phi3"},
+    "phi3-partial": {"family": "phi3", "rope": PARTIAL, "tied": False},
+    "phi3-partial-window": {"family": "phi3", "rope": PARTIAL, "sliding_window": 32},
     "qwen2": {"family": "qwen2", "tied": False},
 }
+STOCK_PROFILES = {"mixtral": "mistral4"}
 # What DeepSeek's class cannot say, by the words of the warning.
-OWN_CLASS = {"mistral-window": "sliding_window 32", "llama-mlp-bias": "mlp_bias"}
+OWN_CLASS = {
+    "mistral-window": "sliding_window 32",
+    "mixtral-window": "sliding_window 32",
+    "phi3-partial-window": "sliding_window 32",
+    "llama-mlp-bias": "mlp_bias",
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,7 +63,7 @@ def test_model_is_converted_in_both_forms(name: str, tmp_path: Path) -> None:
         assert verdict["relative_error"] < 2e-5
         assert body["cached_values"]["converted"] == body["cached_values"]["original"] / 2
         is_stock = form == "decoupled" and name not in OWN_CLASS
-        assert body["profile"] == ("deepseek-v3" if is_stock else "care")
+        assert body["profile"] == (STOCK_PROFILES.get(name, "deepseek-v3") if is_stock else "care")
         if form == "decoupled":
             warned = [text for text in console.current().warnings if "profile care" in text]
             assert bool(warned) is (name in OWN_CLASS)

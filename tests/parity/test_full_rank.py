@@ -29,15 +29,19 @@ from export_cases import relative_error, token_ids
 from pico import pico_model, pico_text
 
 CPU = torch.device("cpu")
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-mha-llama3": {"kv_heads": 2, "heads": 2, "rope": "llama3", "tied": False},
     "qwen2": {"family": "qwen2"},
     "mistral-window": {"family": "mistral", "sliding_window": 16},
+    "mixtral": {"family": "mixtral"},
+    "phi3-partial": {"family": "phi3", "rope": PARTIAL},
 }
 ONE_KEY_HEAD: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 1},
     "qwen2": {"family": "qwen2", "kv_heads": 1},
+    "phi3-partial": {"family": "phi3", "kv_heads": 1, "rope": PARTIAL},
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from care_mla.checkpoint.opening import open_source
 from care_mla.checkpoint.source import Source
@@ -26,6 +26,12 @@ SOURCES: dict[str, dict[str, Any]] = {
     },
     "llama-one-kv-head": {"kv_heads": 1},
     "mistral-window": {"family": "mistral", "sliding_window": 6, "tied": False},
+    "mixtral": {"family": "mixtral", "sliding_window": 6},
+    "phi3": {"family": "phi3", "tied": False},
+    "phi3-partial": {
+        "family": "phi3",
+        "rope": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    },
     "qwen2": {"family": "qwen2"},
 }  # fmt: skip
 
@@ -35,9 +41,16 @@ def source(request: pytest.FixtureRequest, tmp_path) -> Source:
     return open_source(str(pico_model(tmp_path / "source", tokenizer=False, **SOURCES[request.param])))
 
 
+def stock(source: Source) -> PreTrainedModel:
+    """The source in transformers, in float64, which its grouped kernels for experts do not know."""
+    return AutoModelForCausalLM.from_pretrained(
+        source.name, dtype=torch.float64, experts_implementation="eager"
+    )
+
+
 @torch.no_grad()
 def test_original_is_the_stock_model(source: Source) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=torch.float64)
+    model = stock(source)
     tokens_BL = token_ids()
     logits_BLS = Reference(source, None).logits(tokens_BL)
     assert logits_BLS.dtype == torch.float64
@@ -46,7 +59,7 @@ def test_original_is_the_stock_model(source: Source) -> None:
 
 @torch.no_grad()
 def test_greedy_is_the_stock_models(source: Source) -> None:
-    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=torch.float64)
+    model = stock(source)
     prompt_L = token_ids()[0]
     found = Reference(source, None).greedy(prompt_L, 8)
     tokens_L = prompt_L
@@ -96,15 +109,16 @@ def test_greedy_of_latent_layers_recomputes(tmp_path) -> None:
 @torch.no_grad()
 def test_slice_is_a_shallower_model(tmp_path) -> None:
     source = open_source(str(pico_model(tmp_path / "source", tokenizer=False, layers=3)))
-    model = AutoModelForCausalLM.from_pretrained(source.name, dtype=torch.float64)
+    model = stock(source)
     model.model.layers = model.model.layers[:2]
     tokens_BL = token_ids()
     logits_BLS = Reference(source, None, num_layers=2).logits(tokens_BL)
     assert relative_error(logits_BLS, model(tokens_BL, use_cache=False).logits) < 1e-6
 
 
-def test_streamed_weights_give_the_same_logits(tmp_path) -> None:
-    source = open_source(str(pico_model(tmp_path / "source", tokenizer=False, dtype=torch.bfloat16)))
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_streamed_weights_give_the_same_logits(family: str, tmp_path) -> None:
+    source = open_source(str(pico_model(tmp_path / "source", family, tokenizer=False, dtype=torch.bfloat16)))
     asked: list[int] = []
 
     def layer(layer_idx: int):

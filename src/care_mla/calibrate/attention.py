@@ -38,7 +38,10 @@ def observed_attention(
     """Attention as transformers calls it, (B, N, L, H) in, (B, L, N, H) out, by `module.observer`."""
     assert attention_mask is None, "calibration blocks are packed: only the future is masked"
     assert dropout == 0.0
-    output_BNLH = module.observer.attend(query, key, value, scaling, sliding_window)
+    turn = module.observer.turn
+    output_BNLH = module.observer.attend(
+        turn.arrange(query), turn.arrange(key), value, scaling, sliding_window
+    )
     return output_BNLH.transpose(1, 2), None
 
 
@@ -55,16 +58,25 @@ def observe(layer: nn.Module, observer: RotationObserver | FisherObserver) -> It
 
 @dataclass(frozen=True)
 class Turn:
-    """RoPE as complex numbers: position t multiplies pair f by `scale` * `turn_LF[t, f]`."""
+    """RoPE as complex numbers: position t multiplies pair f by `scale` * `turn_LF[t, f]`.
+
+    `order` is that of a head's dimensions which makes all of it pairs (`pair_order`); None: as it is.
+    """
 
     turn_LF: Tensor
     scale: float
+    order: list[int] | None = None
 
     @classmethod
-    def of(cls, inv_freq_F: Tensor, length: int, scale: float) -> Turn:
+    def of(cls, inv_freq_F: Tensor, length: int, scale: float, order: list[int] | None = None) -> Turn:
         """The rotations of positions 0 … length-1; angles are taken in float64."""
         angle_LF = torch.arange(length, device=inv_freq_F.device).double()[:, None] * inv_freq_F.double()
-        return cls(torch.polar(torch.ones_like(angle_LF), angle_LF).to(torch.complex64), scale)
+        turn_LF = torch.polar(torch.ones_like(angle_LF), angle_LF).to(torch.complex64)
+        return cls(turn_LF, scale, None if order is None or order == sorted(order) else order)
+
+    def arrange(self, x_BNLH: Tensor) -> Tensor:
+        """Queries or keys of the stock layer with their dimensions in `order`."""
+        return x_BNLH if self.order is None else x_BNLH[..., self.order]
 
     def undo(self, x_BNLH: Tensor) -> Tensor:
         """A rotated query or key as it was before RoPE, complex (B, N, L, F)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from care_mla.calibrate.attention import OBSERVED, observed_attention
+from care_mla.checkpoint.spelling import module_tensors
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
@@ -44,8 +45,9 @@ class LayerStack:
 
     @property
     def inv_freq_F(self) -> Tensor:
-        """RoPE's angle per position of each frequency."""
-        return self._rotary.inv_freq
+        """RoPE's angle per position of each pair of a head, in `pair_order`: 0 for those that it passes."""
+        passed = self.source.facts.head_dim // 2 - len(self._rotary.inv_freq)
+        return torch.nn.functional.pad(self._rotary.inv_freq, (0, passed))
 
     @property
     def rope_scale(self) -> float:
@@ -76,7 +78,7 @@ class LayerStack:
         weights = {
             name: tensor.to(self.device, self.dtype) for name, tensor in self.source.layer(layer_idx).items()
         }
-        layer.load_state_dict(weights, assign=True)
+        layer.load_state_dict(module_tensors(self.source.facts, layer_idx, weights), assign=True)
         layer.requires_grad_(False)
         try:
             yield layer

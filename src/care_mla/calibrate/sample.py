@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from care_mla.calibrate.layers import source_config
+from care_mla.checkpoint.spelling import module_tensors
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
@@ -32,8 +33,19 @@ def load_model(
     """The whole source model as its stock class, for what cannot be done layer by layer."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(source_config(source), dtype=dtype)
-    weights = {name: source.tensor(name).to(device, dtype) for name in source.names()}
-    model.load_state_dict(weights, assign=True, strict=False)
+    facts = source.facts
+    model.load_state_dict(
+        {
+            name: source.tensor(name).to(device, dtype)
+            for name in source.names()
+            if not name.startswith("model.layers.")
+        },
+        assign=True,
+        strict=False,
+    )
+    for layer_idx, layer in enumerate(model.model.layers):
+        weights = {name: tensor.to(device, dtype) for name, tensor in source.layer(layer_idx).items()}
+        layer.load_state_dict(module_tensors(facts, layer_idx, weights), assign=True)
     model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]

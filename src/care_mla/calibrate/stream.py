@@ -11,7 +11,7 @@ so the result is the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from care_mla.calibrate.attention import OBSERVED, FisherObserver, RotationObserver, Turn, observe
 from care_mla.calibrate.sample import draw
 from care_mla.calibrate.statistics import LayerSums, RotationSums, marks
+from care_mla.families.rope import pair_order
 from care_mla.plan import MICRO_BATCH_TOKENS
 from care_mla.workspace import Workspace, layer_file, save_tensors
 
@@ -47,7 +48,7 @@ def whole_micro_batches(num_blocks: int, length: int) -> int:
 def collect_rotation(stack: LayerStack, tokens_BL: Tensor, workspace: Workspace, advance: Advance) -> None:
     """Forward sweep over long sequences: gamma of every head and frequency, see `RotationSums`."""
     facts = stack.source.facts
-    turn = Turn.of(stack.inv_freq_F, tokens_BL.shape[1], stack.rope_scale)
+    turn = Turn.of(stack.inv_freq_F, tokens_BL.shape[1], stack.rope_scale, pair_order(facts))
 
     def spooled(layer_idx: int) -> Path:
         return _spool_path(workspace, f"rotation_{layer_idx:03}")
@@ -145,7 +146,8 @@ class _Chunk:
         self.chunk_idx = chunk_idx
         self.first_sequence = first_sequence
         self.seed = seed
-        self.turn = Turn.of(stack.inv_freq_F, tokens_BL.shape[1], stack.rope_scale)
+        order = pair_order(stack.source.facts)
+        self.turn = Turn.of(stack.inv_freq_F, tokens_BL.shape[1], stack.rope_scale, order)
 
     def is_done(self, layer_idx: int = 0) -> bool:
         """Whether this layer's sums already hold this chunk; layer 0 comes last."""
@@ -258,7 +260,7 @@ def _backward_step(
         torch.enable_grad(),
         observe(layer, observer),
         projection_inputs(layer) as seen,
-        only_backward(layer.mlp.down_proj),
+        _last_product_only_backward(layer.mlp),
     ):
         stack.run(layer, x_BLD).backward(grad_BLD)
     sums.add(
@@ -310,6 +312,12 @@ def only_backward(linear: nn.Module) -> Iterator[None]:
         yield
     finally:
         del linear.forward
+
+
+def _last_product_only_backward(mlp: nn.Module) -> AbstractContextManager[None]:
+    """`only_backward` for the last product of a dense MLP; experts run as they are."""
+    down = getattr(mlp, "down_proj", None)
+    return nullcontext() if down is None else only_backward(down)
 
 
 def sequence_generator(seed: int, sequence_idx: int) -> torch.Generator:

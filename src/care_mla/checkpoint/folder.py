@@ -15,6 +15,7 @@ from torch import Tensor
 from care_mla.checkpoint.fingerprint import file_digest
 from care_mla.checkpoint.safetensors_header import StoredTensor, read_header
 from care_mla.checkpoint.source import Source, TensorHeader
+from care_mla.checkpoint.spelling import Part, parts_of, stored_name
 from care_mla.errors import CareError, CheckpointError, UnsupportedModelError
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config
@@ -134,22 +135,44 @@ class FolderSource(Source):
         return stored
 
     @cached_property
+    def _parts(self) -> dict[str, Part]:
+        """Where each tensor lies, by its standard name."""
+        parts: dict[str, Part] = {}
+        for stored, (path, tensor) in self._stored.items():
+            for part in parts_of(stored, tensor.shape, self.facts):
+                if part.name in parts:
+                    raise CheckpointError(
+                        f"{path}: {part.name} is there twice, in {parts[part.name].stored} and in {stored}. "
+                        "One of the two is wrong. Download the checkpoint again."
+                    )
+                parts[part.name] = part
+        return parts
+
+    def stored_name(self, name: str) -> str:
+        return stored_name(name, self.facts)
+
+    @cached_property
     def headers(self) -> dict[str, TensorHeader]:
         headers = {}
-        for name, (path, tensor) in self._stored.items():
+        for name, part in self._parts.items():
+            path, tensor = self._stored[part.stored]
             if tensor.dtype not in DTYPES:
                 raise UnsupportedModelError(
-                    f"{path}: {name} is stored as {tensor.dtype}. Quantised weights cannot be converted. Use "
-                    "the checkpoint in bfloat16, float16 or float32."
+                    f"{path}: {part.stored} is stored as {tensor.dtype}. Quantised weights cannot be "
+                    "converted. Use the checkpoint in bfloat16, float16 or float32."
                 )
-            headers[name] = TensorHeader(tensor.shape, DTYPES[tensor.dtype])
+            headers[name] = TensorHeader(part.shape, DTYPES[tensor.dtype])
         return headers
 
     def _read(self, name: str) -> Tensor:
-        path, _ = self._stored[name]
+        part = self._parts[name]
+        path, _ = self._stored[part.stored]
         if path not in self._open_files:
             self._open_files[path] = safe_open(path, framework="pt")
-        return self._open_files[path].get_tensor(name)
+        file = self._open_files[path]
+        if part.rows is None:
+            return file.get_tensor(part.stored)
+        return file.get_slice(part.stored)[part.rows]
 
     def fingerprint(self) -> str:
         by_file: dict[Path, list[tuple[int, int]]] = {path: [] for path in self.files}

@@ -41,7 +41,10 @@ class TensorHeader(NamedTuple):
 
 
 class Source(ABC):
-    """A source model under transformers' tensor names. Nothing is read before it is needed.
+    """A source model under standard tensor names. Nothing is read before it is needed.
+
+    The names are Llama's, whatever the files say (`families.weight_names`): fused projections are split, and
+    experts are a tensor each.
 
     Attributes:
         name: as the user typed it.
@@ -54,7 +57,7 @@ class Source(ABC):
     @cached_property
     @abstractmethod
     def headers(self) -> dict[str, TensorHeader]:
-        """Every tensor in the files, extra ones too, by its transformers name.
+        """Every tensor in the files, extra ones too, by its standard name.
 
         Raises:
             CheckpointError: a file is missing, truncated or corrupt.
@@ -79,6 +82,10 @@ class Source(ABC):
     @abstractmethod
     def save_side_files(self, folder: Path) -> None:
         """Put the source's tokenizer, `generation_config.json` and licence into a folder."""
+
+    def stored_name(self, name: str) -> str:
+        """What the file calls the tensor that holds this one, for messages."""
+        return name
 
     def names(self) -> list[str]:
         """Names of the model's tensors in the files, in model order; a tied head is not among them."""
@@ -105,7 +112,7 @@ class Source(ABC):
     def layer(self, layer_idx: int) -> dict[str, Tensor]:
         """All tensors of one layer, under names relative to `model.layers.{layer_idx}.`."""
         prefix = f"model.layers.{layer_idx}."
-        return {name: self.tensor(prefix + name) for name in layer_weight_names(self.facts)}
+        return {name: self.tensor(prefix + name) for name in layer_weight_names(self.facts, layer_idx)}
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +126,8 @@ class Source(ABC):
             CheckpointError: naming the file or the tensors.
         """
         expected, found = weight_names(self.facts), self.headers
-        if missing := [name for name in expected if name not in found]:
+        missing = dict.fromkeys(self.stored_name(name) for name in expected if name not in found)
+        if missing:
             raise CheckpointError(
                 f"{self.name}: missing tensor{_some(missing)}. A {self.facts.architecture} cannot run "
                 "without. Download the checkpoint again, or correct config.json."
@@ -135,8 +143,9 @@ class Source(ABC):
         for name, header in found.items():
             if name in shapes and header.shape != shapes[name]:
                 raise CheckpointError(
-                    f"{self.name}: {name} has shape {list(header.shape)}, and config.json asks for "
-                    f"{list(shapes[name])}. Correct config.json, or download the checkpoint again."
+                    f"{self.name}: {self.stored_name(name)} has shape {list(header.shape)}, and "
+                    f"config.json asks for {list(shapes[name])}. Correct config.json, or download the "
+                    "checkpoint again."
                 )
 
     def check_values(self, progress: Callable[[int, int], None] | None = None) -> None:

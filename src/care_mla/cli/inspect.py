@@ -20,6 +20,10 @@ PROFILES: tuple[tuple[Profile, str], ...] = (
     ("deepseek-v3", "transformers"),
     ("deepseek-v3", "vLLM"),
     ("deepseek-v3", "SGLang"),
+    ("mistral4", "transformers"),
+    ("deepseek-v2", "transformers"),
+    ("deepseek-v2", "vLLM"),
+    ("deepseek-v2", "SGLang"),
     ("care", "transformers"),
 )
 
@@ -57,6 +61,8 @@ def describe(facts: ModelFacts) -> dict[str, Any]:
         "max_position_embeddings": facts.max_position_embeddings,
         "rope_type": facts.rope_type,
         "sliding_window": facts.sliding_window,
+        "num_experts": facts.num_experts,
+        "num_experts_per_tok": facts.num_experts_per_tok,
         "biases": [
             name for name in ("q_bias", "k_bias", "v_bias", "o_bias", "mlp_bias") if getattr(facts, name)
         ],
@@ -95,6 +101,10 @@ def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
         ["head_dim", facts.head_dim],
         ["positions", f"{facts.max_position_embeddings:,} (RoPE: {facts.rope_type})"],
         ["sliding window", facts.sliding_window],
+        [
+            "experts",
+            f"{facts.num_experts}, {facts.num_experts_per_tok} per token" if facts.num_experts else None,
+        ],
         ["biases", biases],
         ["stored as", facts.dtype],
         ["cached values per token and layer", facts.cached_values],

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from care_mla.calibrate.statistics import LayerSums, RotationSums
 from care_mla.factors import LatentLayer
+from care_mla.families.rope import pair_order
 from care_mla.workspace import Workspace, layer_file
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class LayerInputs:
     sees. The Fisher matrices are means of g g^T over tokens, with g the gradient at [keys of all KV heads;
     values of all KV heads]: `fisher_exact_OO` at the key before RoPE, `fisher_nope_OO` at the key that has
     lost RoPE (see decompose/fisher.py). `inv_freq_F` are the source's angles per position.
+
+    Where RoPE passes `passed_dim` rows of each head, queries and keys have their rows in `pair_order`: all of
+    the head is half-split pairs, and the pairs that RoPE passes come last, with an angle of 0. They never
+    join a rope key.
     """
 
     layer_idx: int
@@ -53,6 +58,7 @@ class LayerInputs:
     inv_freq_F: Tensor
     damping: float
     fisher_damping: float
+    passed_dim: int = 0
 
     @property
     def num_kv_heads(self) -> int:
@@ -65,6 +71,11 @@ class LayerInputs:
     @property
     def head_dim(self) -> int:
         return self.w_k_GHD.shape[1]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rows of a head that RoPE turns."""
+        return self.head_dim - self.passed_dim
 
     @property
     def damped_c_DD(self) -> Tensor:
@@ -132,16 +143,20 @@ def layer_inputs(
     def scaled(xx_DD: Tensor) -> Tensor:
         return xx_DD * (c_DD.trace() / xx_DD.trace())
 
+    def ordered(x_NH: Tensor | None) -> Tensor | None:
+        return None if x_NH is None else x_NH[:, order]
+
+    order = pair_order(facts)
     num_heads, num_kv_heads = facts.num_attention_heads, facts.num_key_value_heads
     sums, rotation = sums.to(device), rotation.to(device)
     c_DD = sums.xx_DD / sums.tokens
     return LayerInputs(
         layer_idx=layer_idx,
-        w_q_NHD=required("q_proj.weight", num_heads),
-        w_k_GHD=required("k_proj.weight", num_kv_heads),
+        w_q_NHD=required("q_proj.weight", num_heads)[:, order],
+        w_k_GHD=required("k_proj.weight", num_kv_heads)[:, order],
         w_v_GHD=required("v_proj.weight", num_kv_heads),
-        b_q_NH=heads("q_proj.bias", num_heads),
-        b_k_GH=heads("k_proj.bias", num_kv_heads),
+        b_q_NH=ordered(heads("q_proj.bias", num_heads)),
+        b_k_GH=ordered(heads("k_proj.bias", num_kv_heads)),
         b_v_GH=heads("v_proj.bias", num_kv_heads),
         c_DD=c_DD,
         felt_c_DD=(scaled(sums.key_felt_xx_DD) + scaled(sums.value_felt_xx_DD)) / 2,
@@ -154,6 +169,7 @@ def layer_inputs(
         inv_freq_F=inv_freq_F.to(device, torch.float64),
         damping=damping,
         fisher_damping=fisher_damping,
+        passed_dim=facts.head_dim - facts.rotary_dim,
     )
 
 

@@ -90,8 +90,8 @@ def variants(facts: ModelFacts, options: RankOptions, *, form: Form, method: str
 def _freqfolds(facts: ModelFacts, dims: Dims, form: Form, method: str) -> list[int | None]:
     if form != "decoupled" or method not in FREQFOLDED:
         return [None]
-    collapse = facts.head_dim // dims.qk_rope_head_dim
-    fits = [fold for fold in FREQFOLDS if fold % collapse == 0 and facts.head_dim // 2 % fold == 0]
+    collapse = facts.rotary_dim // dims.qk_rope_head_dim
+    fits = [fold for fold in FREQFOLDS if fold % collapse == 0 and facts.rotary_dim // 2 % fold == 0]
     # Narrower rope keys than FREQFOLDS reach need at least as many frequencies in a block as share a pair.
     return list(fits or [collapse])
 

@@ -50,16 +50,17 @@ def choose_pairs(inputs: LayerInputs, qk_rope_head_dim: int) -> Tensor:
         OptionError: P is odd, or leaves no pair on one of the two sides.
     """
     head_dim, num_heads = inputs.head_dim, inputs.num_kv_heads
-    if qk_rope_head_dim % 2 or not 0 < qk_rope_head_dim < head_dim:
+    if qk_rope_head_dim % 2 or not 0 < qk_rope_head_dim < head_dim or qk_rope_head_dim > inputs.rotary_dim:
         raise OptionError(
             f"--qk-rope-head-dim {qk_rope_head_dim}: MHA2MLA keeps whole RoPE pairs of heads that are "
             f"{head_dim} wide, and factors the others, so both must remain. "
-            f"Choose an even number from 2 to {head_dim - 2}."
+            f"Choose an even number from 2 to {min(inputs.rotary_dim, head_dim - 2)}."
         )
     k_norm_GF = inputs.key_moment().diagonal().reshape(num_heads, 2, -1).sum(dim=1).sqrt()
     q_norm_GF = inputs.q_energy_NF.sqrt().unflatten(0, (num_heads, -1)).mean(dim=1)
-    # A stable sort gives ties to the higher frequency on every machine.
-    order_GF = (q_norm_GF * k_norm_GF).argsort(dim=1, descending=True, stable=True)
+    # A stable sort gives ties to the higher frequency on every machine; pairs that RoPE passes do not stand.
+    norm_GF = (q_norm_GF * k_norm_GF)[:, : inputs.rotary_dim // 2]
+    order_GF = norm_GF.argsort(dim=1, descending=True, stable=True)
     return order_GF[:, : qk_rope_head_dim // 2].sort(dim=1).values
 
 

@@ -63,16 +63,18 @@ def rorope_split(inputs: LayerInputs, qk_rope_head_dim: int, freqfold: int) -> R
     Raises:
         OptionError: P or freqfold does not divide as above.
     """
-    num_heads, num_freq = inputs.num_kv_heads, inputs.head_dim // 2
+    num_heads, num_freq = inputs.num_kv_heads, inputs.rotary_dim // 2
     collapse = _collapse(inputs, qk_rope_head_dim)
     if freqfold < 1 or freqfold % collapse or num_freq % freqfold:
         fits = [fold for fold in range(collapse, num_freq + 1, collapse) if num_freq % fold == 0]
         raise OptionError(
-            f"freqfold {freqfold}: with head_dim {inputs.head_dim} and qk_rope_head_dim {qk_rope_head_dim}, "
+            f"freqfold {freqfold}: with {inputs.rotary_dim} rotated dimensions and qk_rope_head_dim "
+            f"{qk_rope_head_dim}, "
             f"TransMLA keeps one frequency of {collapse}, so its blocks must hold a multiple of {collapse} "
             f"frequencies and divide {num_freq}. Choose one of {fits}."
         )
-    moment = inputs.key_moment().reshape(num_heads, 2, num_freq, num_heads, 2, num_freq)
+    by_pair = (num_heads, 2, inputs.head_dim // 2)
+    moment = inputs.key_moment().reshape(*by_pair, *by_pair)[:, :, :num_freq, :, :, :num_freq]
     moment_GFGF = moment[:, 0, :, :, 0] + moment[:, 1, :, :, 1]
     blocks = moment_GFGF.unflatten(3, (-1, freqfold)).unflatten(1, (-1, freqfold))
     moment_BEE = blocks.diagonal(dim1=1, dim2=4).movedim(-1, 0).flatten(3, 4).flatten(1, 2)
@@ -86,12 +88,16 @@ def rorope_split(inputs: LayerInputs, qk_rope_head_dim: int, freqfold: int) -> R
     for half in range(2):
         for block in range(num_blocks):
             rotation[:, half, block, :, half, block] = u_BGfE[block]
-    rotation = rotation.flatten(0, 3)
+    # Rows of pairs that RoPE passes are directions without RoPE as they are.
+    turned_GH = torch.arange(inputs.head_dim // 2).expand(by_pair) < num_freq
+    turned_O = turned_GH.flatten().to(u_BEE.device)
+    eye_OO = torch.eye(len(turned_O), dtype=u_BEE.dtype, device=u_BEE.device)
+    rotation = torch.tensordot(eye_OO[:, turned_O], rotation.flatten(0, 3), dims=1)
     kept = freqfold // collapse
     return RopeSplit(
         rope_OP=rotation[..., :kept].flatten(1),
-        nope_OX=rotation[..., kept:].flatten(1),
-        inv_freq_JF=inputs.inv_freq_F[None, ::collapse],
+        nope_OX=torch.cat([rotation[..., kept:].flatten(1), eye_OO[:, ~turned_O]], dim=1),
+        inv_freq_JF=inputs.inv_freq_F[None, :num_freq:collapse],
     )
 
 
@@ -169,7 +175,7 @@ def x_ecomla(inputs: LayerInputs, *, qk_rope_head_dim: int) -> Decomposition:
             q_nope_NMD=inputs.w_q_NHD[:, :num_nope],
             q_rope_NPD=inputs.w_q_NHD[:, rows_P],
             k_rope_JPD=inputs.w_k_GHD.mean(dim=0)[None, rows_P],
-            inv_freq_JF=inputs.inv_freq_F[None, ::collapse],
+            inv_freq_JF=inputs.inv_freq_F[None, : inputs.rotary_dim // 2 : collapse],
             q_nope_bias_NM=None if inputs.b_q_NH is None else inputs.b_q_NH[:, :num_nope],
             q_rope_bias_NP=None if inputs.b_q_NH is None else inputs.b_q_NH[:, rows_P],
             k_rope_bias_JP=None if k_bias_GH is None else k_bias_GH.mean(dim=0)[None, rows_P],
@@ -216,12 +222,13 @@ def _decoupled(inputs: LayerInputs, split: RopeSplit, factor: Factor) -> Decompo
 
 
 def _collapse(inputs: LayerInputs, qk_rope_head_dim: int) -> int:
-    """H/P, checked."""
-    head_dim = inputs.head_dim
-    if qk_rope_head_dim < 2 or qk_rope_head_dim % 2 or head_dim % qk_rope_head_dim:
-        fits = [width for width in range(2, head_dim + 1, 2) if head_dim % width == 0]
+    """How many of the head's frequencies there are for each of the rope key's, checked."""
+    turned = inputs.rotary_dim
+    if qk_rope_head_dim < 2 or qk_rope_head_dim % 2 or turned % qk_rope_head_dim:
+        fits = [width for width in range(2, turned + 1, 2) if turned % width == 0]
         raise OptionError(
-            f"--qk-rope-head-dim {qk_rope_head_dim}: the rope key keeps every (head_dim / width)-th "
-            f"frequency, and head_dim {head_dim} cannot be divided so. Choose one of {fits}."
+            f"--qk-rope-head-dim {qk_rope_head_dim}: the rope key keeps every ({turned} / width)-th "
+            f"frequency, and the {turned} dimensions that RoPE turns cannot be divided so. Choose one of "
+            f"{fits}."
         )
-    return head_dim // qk_rope_head_dim
+    return turned // qk_rope_head_dim

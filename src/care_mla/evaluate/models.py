@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
+    AutoConfig,
     AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
@@ -20,10 +21,11 @@ from transformers import (
 from care_mla.calibrate.sample import cache_argument, load_model
 from care_mla.checkpoint.opening import open_source
 from care_mla.errors import CheckpointError
+from care_mla.export.engine_transformers import loader
 from care_mla.export.hf import holds_our_code
 from care_mla.export.verify import OWN_MODEL_TYPE
 
-CONVERTED_TYPES = ("deepseek_v3", OWN_MODEL_TYPE)
+CONVERTED_TYPES = ("deepseek_v3", "deepseek_v2", "mistral4", OWN_MODEL_TYPE)
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,13 @@ def load(name: str, *, device: torch.device, trust_remote_code: bool) -> LoadedM
             )
         trusted = True
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trusted, output_loading_info=True
-        )
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+        with warnings.catch_warnings():
+            # Of the shared expert that Mistral 4's class insists on, 0 wide.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            model, info = loader(config).from_pretrained(
+                name, dtype=torch.float32, trust_remote_code=trusted, output_loading_info=True
+            )
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{name}: its weights cannot be read ({error}). Convert it again.") from error
     # transformers would fill what is missing with random numbers, and say so only in a log.

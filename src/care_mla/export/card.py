@@ -129,9 +129,12 @@ def _loading(card: Card) -> str:
         else "It runs in transformers (5.15 or later) by the code in this folder, `modeling.py` and "
         "`configuration.py`, which `trust_remote_code` allows:"
     )
+    # The automatic class does not know Mistral 4.
+    loader = STOCK_CLASSES["mistral4"] if card.profile == "mistral4" else "AutoModelForCausalLM"
+    imported = ", ".join(sorted((loader, "AutoTokenizer")))
     return (
-        f"{how}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{card.name}"{option})\n'
+        f"{how}\n\n```python\nfrom transformers import {imported}\n"
+        f'model = {loader}.from_pretrained("{card.name}"{option})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{card.name}")\n```'
     )
 

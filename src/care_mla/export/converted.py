@@ -26,10 +26,13 @@ from care_mla.export.verify import SOURCE_CONFIG
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config, rotary_frequencies, weight_names
+from care_mla.plan import stock_profile
 
 ATTENTION = ".self_attn."
 # The one projection of attention that a conversion leaves alone (but for the scale of the stream).
 OUTPUT_PROJECTION = ".self_attn.o_proj."
+# Where a class insists on them, they are zeros (experts.py).
+SHARED_EXPERTS = ".mlp.shared_experts."
 
 
 class ConvertedFolder(FolderSource):
@@ -62,7 +65,7 @@ class ConvertedFolder(FolderSource):
             self._refuse_own()
             biases = {f"{kind}_bias": self.config[f"{kind}_bias"] for kind in ("q", "v", "o")}
             return replace(facts, dtype=self.config["dtype"], k_bias=self.config["k_rope_bias"], **biases)
-        if self.config.get("model_type") != "deepseek_v3":
+        if self.config.get("model_type") != stock_type(facts):
             raise ExportError(
                 f"{self.folder}: model_type {self.config.get('model_type')!r} was exported already. Nothing "
                 "was written. Export from the folder that care convert wrote."
@@ -73,7 +76,9 @@ class ConvertedFolder(FolderSource):
                 f"{facts.head_dim}. Nothing was written. Export from the folder without padding."
             )
         has_bias = bool(self.config["attention_bias"])
-        rope = self.config["rope_parameters"]
+        # Mistral 4's is plain RoPE in other words (experts.py).
+        is_mistral = self.config["model_type"] == "mistral4"
+        rope = facts.rope_parameters if is_mistral else self.config["rope_parameters"]
         return replace(
             facts,
             rms_norm_eps=self.config["rms_norm_eps"],
@@ -83,6 +88,7 @@ class ConvertedFolder(FolderSource):
             k_bias=has_bias,
             v_bias=False,
             o_bias=has_bias,
+            routed_scaling_factor=self.config.get("routed_scaling_factor", 1.0),
             dtype=self.config["dtype"],
             config=facts.config | {"rope_parameters": rope, "rms_norm_eps": self.config["rms_norm_eps"]},
         )
@@ -119,7 +125,7 @@ class ConvertedFolder(FolderSource):
         return {
             name: header
             for name, header in super().headers.items()
-            if ATTENTION not in name or OUTPUT_PROJECTION in name
+            if (ATTENTION not in name or OUTPUT_PROJECTION in name) and SHARED_EXPERTS not in name
         }
 
     def layer(self, layer_idx: int) -> dict[str, Tensor]:
@@ -136,7 +142,7 @@ class ConvertedFolder(FolderSource):
         expected = {name for name in weight_names(self.facts) if ATTENTION not in name}
         for layer_idx in range(self.facts.num_hidden_layers):
             expected |= {f"model.layers.{layer_idx}.self_attn.{name}" for name in self._attention_names()}
-        found = set(self._stored)
+        found = {name for name in self._parts if SHARED_EXPERTS not in name}
         wrong = {"missing": expected - found, "unknown": found - expected - set(self.ignored())}
         for kind, names in wrong.items():
             if names:
@@ -187,7 +193,8 @@ class ConvertedFolder(FolderSource):
         """The angles per position of a layer's rope key, (F,), without reading its weights."""
         if self.is_own:
             return self._read(f"model.layers.{layer_idx}.self_attn.inv_freq")[0].double()
-        table = replace(self.facts, head_dim=self.config["qk_rope_head_dim"])
+        width = self.config["qk_rope_head_dim"]
+        table = replace(self.facts, head_dim=width, rotary_dim=width)
         return torch.tensor(rotary_frequencies(table), dtype=torch.float64)
 
     def _own_layer(self, weights: dict[str, Tensor]) -> LatentLayer:
@@ -262,6 +269,12 @@ class ConvertedFolder(FolderSource):
         is_diagonal = q_a_XX.count_nonzero() == diagonal_X.count_nonzero()
         q_OX = q_OX * diagonal_X if is_diagonal else q_OX @ q_a_XX
         return q_OX.unflatten(0, (heads, -1))
+
+
+def stock_type(facts: ModelFacts) -> str:
+    """The `model_type` of the stock profile that `care convert` writes for this source."""
+    profile, _ = stock_profile(facts)
+    return "" if profile is None else profile.replace("-", "_")
 
 
 def half_split_pairs(rows: Tensor, dim: int) -> Tensor:

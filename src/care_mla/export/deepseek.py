@@ -1,4 +1,4 @@
-"""The `deepseek-v3` profile: a checkpoint that stock engines load as `DeepseekV3ForCausalLM`.
+"""Stock profiles: a checkpoint that engines load as `DeepseekV3ForCausalLM`, or a class with its attention.
 
 Reads a source checkpoint tensor by tensor and one factored layer at a time; writes safetensors shards,
 `config.json` and the source's side files. What the class cannot express is refused by name before anything is
@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from care_mla.checkpoint.writer import ShardWriter
-from care_mla.configs import Form
+from care_mla.configs import Form, Profile
 from care_mla.errors import ExportError
+from care_mla.export.experts import expert_config, expert_tensors, mistral4_config
 from care_mla.export.latent_norm import NORM_EPS, LinearNorm, latent_norm, query_norm, refuse_float16
 from care_mla.export.residual import residual_factor, residual_scale
 from care_mla.factors import LatentLayer
@@ -36,37 +37,46 @@ from care_mla.workspace import write_json
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
 
-PROFILE = "deepseek-v3"
+PROFILE: Profile = "deepseek-v3"
 KEPT = re.compile(
     r"model\.(embed_tokens|norm)\.weight|lm_head\.weight|model\.layers\.\d+\."
-    r"((input|post_attention)_layernorm|mlp\.(gate|up|down)_proj)\.weight"
+    r"((input|post_attention)_layernorm|mlp\.(gate|up|down)_proj|mlp\.gate|"
+    r"mlp\.experts\.\d+\.(gate|up|down)_proj)\.weight"
 )
 REPLACED = re.compile(r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.(weight|bias)")
 
 
 def check_deepseek(
-    facts: ModelFacts, form: Form, *, dtype: torch.dtype, ranks: Sequence[int] | None = None
+    facts: ModelFacts,
+    form: Form,
+    *,
+    dtype: torch.dtype,
+    ranks: Sequence[int] | None = None,
+    profile: Profile = PROFILE,
+    engine: str = "transformers",
 ) -> None:
-    """Refuse what `DeepseekV3ForCausalLM` cannot express, from what is known before any work.
+    """Refuse what a stock class cannot express, from what is known before any work.
 
     Args:
         form: of the conversion.
         dtype: of the weights to be written.
         ranks: kv_lora_rank of each layer, once it is known.
+        profile: which class it is.
+        engine: that must run it exactly.
 
     Raises:
         ExportError: the message names the feature, and what to type.
     """
-    check_profile(facts, PROFILE)
+    check_profile(facts, profile, engine=engine)
     refuse_float16(dtype)
     if form != "decoupled":
         raise ExportError(
-            f"--profile {PROFILE} cannot express --form {form}: its RoPE key is one for all heads. Nothing "
+            f"--profile {profile} cannot express --form {form}: its RoPE key is one for all heads. Nothing "
             "was written. Choose --form decoupled, or --profile care."
         )
     if ranks is not None and len(set(ranks)) > 1:
         raise ExportError(
-            f"--profile {PROFILE} cannot express ranks per layer ({min(ranks)} to {max(ranks)}): stock "
+            f"--profile {profile} cannot express ranks per layer ({min(ranks)} to {max(ranks)}): stock "
             "engines read one kv_lora_rank. Nothing was written. Choose --allocation uniform, or --profile "
             "care."
         )
@@ -90,15 +100,17 @@ def check_layer(facts: ModelFacts, layer: LatentLayer, layer_idx: int) -> None:
     error = (found_F / torch.tensor(expected, dtype=torch.float64) - 1).abs().max().item()
     if not error <= 1e-6:
         raise ExportError(
-            f"--profile {PROFILE}: layer {layer_idx} has RoPE frequencies {found_F.tolist()[:4]}…, but the "
+            f"Stock profiles: layer {layer_idx} has RoPE frequencies {found_F.tolist()[:4]}…, but the "
             f"class computes theta^(-2i/P) for theta {facts.rope_theta:g}, P {width} ({expected[:4]}…), so "
             "that keys would turn wrongly. Nothing was written. Choose --profile care, which stores any "
             "table."
         )
 
 
-def deepseek_config(facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a dense DeepSeek-V3 model with these layers (all of one size)."""
+def deepseek_config(
+    facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.dtype, profile: Profile = PROFILE
+) -> dict[str, Any]:
+    """The `config.json` of a DeepSeek model with these layers (all of one size), in V3's words."""
     source = dict(facts.config)
     # Keys that the source leaves out have other defaults in DeepSeek's class than in the source's.
     stock = AutoConfig.for_model(source.pop("model_type"), **source)
@@ -121,7 +133,8 @@ def deepseek_config(facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.
         "v_head_dim": facts.head_dim,
         "attention_bias": has_bias,
         "rms_norm_eps": NORM_EPS,
-        "rope_parameters": facts.rope_parameters,
+        # Of its rope key the class rotates all.
+        "rope_parameters": {k: v for k, v in facts.rope_parameters.items() if k != "partial_rotary_factor"},
         "rope_interleave": True,
         "tie_word_embeddings": facts.tie_word_embeddings,
         "hidden_act": "silu",
@@ -131,14 +144,8 @@ def deepseek_config(facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.
         "bos_token_id": stock.bos_token_id,
         "eos_token_id": stock.eos_token_id,
         "pad_token_id": stock.pad_token_id,
-        # Every layer is dense. Engines still want a mixture of experts described; no weights belong to it.
-        "first_k_dense_replace": facts.num_hidden_layers,
-        "n_routed_experts": 2,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 8,
+        # Engines want a mixture of experts described in a dense model too; no weights belong to it.
+        **expert_config(facts, profile),
         "num_nextn_predict_layers": 0,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -250,6 +257,9 @@ def write_deepseek_checkpoint(
     folder: Path,
     dtype: torch.dtype,
     advance: Callable[[], None] = lambda: None,
+    *,
+    profile: Profile = PROFILE,
+    engine: str = "transformers",
 ) -> dict[str, Any]:
     """Write the converted model; one layer and one shard are in memory at a time.
 
@@ -260,6 +270,8 @@ def write_deepseek_checkpoint(
         folder: created; the caller makes the whole folder atomic.
         dtype: of all weights.
         advance: called after each layer.
+        profile: whose class it is for; of deepseek-v2 only the name is left to the caller (stock.py).
+        engine: that must run it exactly.
 
     Returns:
         What the export decided, for the model card: sizes, the scale of the residual stream, and the bound
@@ -269,12 +281,12 @@ def write_deepseek_checkpoint(
         ExportError: the class cannot express the model, or a tensor of the source has no place in it.
     """
     facts = source.facts
-    dims = _checked_dims(source, layers, dtype)
-    config = deepseek_config(facts, dims, dtype)
+    dims = _checked_dims(source, layers, dtype, profile, engine)
+    config = deepseek_config(facts, dims, dtype, profile)
     has_query_bias = config["q_lora_rank"] is not None
     writer = ShardWriter(folder)
     for name in source.names():
-        if KEPT.fullmatch(name):
+        if KEPT.fullmatch(name) and ".mlp.experts." not in name:
             writer.add(name, _scaled(source.tensor(name), residual_factor(name, facts), dtype))
     norms = []
     for layer_idx in range(facts.num_hidden_layers):
@@ -290,13 +302,17 @@ def write_deepseek_checkpoint(
         )
         for name, tensor in tensors.items():
             writer.add(f"{prefix}self_attn.{name}", tensor.to(dtype))
+        for name, tensor in expert_tensors(source, profile, layer_idx, dtype).items():
+            writer.add(prefix + name, tensor)
         norms.append(norm)
         advance()
     writer.close()
+    if profile == "mistral4":
+        config = mistral4_config(config, facts, dims)
     write_json(folder / "config.json", config)
     source.save_side_files(folder)
     return {
-        "profile": PROFILE,
+        "profile": profile,
         **{key: config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank")},
         "cached_values": dims[0].kv_lora_rank + dims[0].qk_rope_head_dim,
         "residual_scale": residual_scale(facts),
@@ -305,7 +321,7 @@ def write_deepseek_checkpoint(
 
 
 def _checked_dims(
-    source: Source, layers: Callable[[int], LatentLayer], dtype: torch.dtype
+    source: Source, layers: Callable[[int], LatentLayer], dtype: torch.dtype, profile: Profile, engine: str
 ) -> list[LatentDims]:
     """Sizes of all layers, after every check that the export has."""
     facts = source.facts
@@ -313,12 +329,13 @@ def _checked_dims(
     for layer_idx in range(facts.num_hidden_layers):
         layer = layers(layer_idx)
         dims.append(LatentDims.of(layer))
-        check_deepseek(facts, layer.form, dtype=dtype, ranks=[d.kv_lora_rank for d in dims])
+        ranks = [d.kv_lora_rank for d in dims]
+        check_deepseek(facts, layer.form, dtype=dtype, ranks=ranks, profile=profile, engine=engine)
         check_layer(facts, layer, layer_idx)
     names = set(source.headers) - set(source.ignored())
     if lost := sorted(name for name in names if not KEPT.fullmatch(name) and not REPLACED.fullmatch(name)):
         raise ExportError(
-            f"{source.name}: {', '.join(lost[:3])} has no place in a {PROFILE} checkpoint, and dropping it "
+            f"{source.name}: {', '.join(lost[:3])} has no place in a {profile} checkpoint, and dropping it "
             "would change the model. Nothing was written. Choose --profile care."
         )
     widths = sorted({(layer.qk_nope_head_dim, layer.qk_rope_head_dim) for layer in dims})

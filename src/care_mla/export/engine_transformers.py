@@ -18,10 +18,18 @@ if __name__ == "__main__":
     sys.modules["care_mla"] = None  # type: ignore[assignment]
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 REFERENCE = Path("care_reference") / "reference.safetensors"
 METADATA_KEY = "care_reference"
@@ -43,7 +51,7 @@ def run(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     own = json.loads((folder / "config.json").read_text())["model_type"].startswith(OWN_MODEL_TYPE)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=own)
     _keep_layers(config, stored["num_layers"])
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = loader(config).from_pretrained(
         folder, config=config, dtype=torch.float32, trust_remote_code=own, output_loading_info=True
     )
     model.eval()
@@ -59,6 +67,17 @@ def run(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "cached_values": [cached_values(layer) for layer in cache.layers],
         "problems": sorted(map(str, problems)),
     }
+
+
+def loader(config: PreTrainedConfig) -> Any:
+    """What loads a model of this configuration: `AutoModelForCausalLM`, or a class that it does not know.
+
+    transformers counts Mistral 4 among the models for images, though its `Mistral4ForCausalLM` has none.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is None or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return named
 
 
 def greedy(model: PreTrainedModel, prompt_1L: Tensor, steps: int) -> tuple[Tensor, DynamicCache]:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from care_mla.checkpoint.spelling import module_tensors
 from care_mla.checkpoint.writer import ShardWriter
 from care_mla.factors import LatentLayer
+from care_mla.families import layer_weight_names
 from care_mla.mla.mapping import LatentDims, attention_state_dict, class_names, latent_config
 
 if TYPE_CHECKING:
@@ -60,10 +62,18 @@ def write_latent_checkpoint(
     config_name, decoder_name, model_name = class_names(facts)
     writer = ShardWriter(folder)
     for name in source.names():
-        if ".self_attn." not in name:
+        if not name.startswith("model.layers."):
             writer.add(name, source.tensor(name).to(dtype))
     dims = []
     for layer_idx in range(facts.num_hidden_layers):
+        kept = {
+            name: source.tensor(f"model.layers.{layer_idx}.{name}").to(dtype)
+            for name in layer_weight_names(facts, layer_idx)
+            if not name.startswith("self_attn.")
+        }
+        # transformers renames and stacks on loading for its own classes alone.
+        for name, tensor in module_tensors(facts, layer_idx, kept).items():
+            writer.add(f"model.layers.{layer_idx}.{name}", tensor)
         prefix = f"model.layers.{layer_idx}.self_attn."
         layer = layers(layer_idx)
         o_bias = source.tensor(f"{prefix}o_proj.bias").to(dtype) if facts.o_bias else None

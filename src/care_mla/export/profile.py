@@ -14,12 +14,17 @@ from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
 from care_mla.export.gguf_model import check_gguf, write_gguf
 from care_mla.export.hf import write_latent_checkpoint
 from care_mla.export.latent_norm import refuse_float16
-from care_mla.export.stock import check_deepseek_v2, write_deepseek_v2_checkpoint
+from care_mla.export.stock import (
+    check_deepseek_v2,
+    check_mistral4,
+    write_deepseek_v2_checkpoint,
+    write_mistral4_checkpoint,
+)
 from care_mla.export_config import ExportProfile
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.mla.mapping import class_names
-from care_mla.plan import profile_blocker
+from care_mla.plan import stock_profile
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
@@ -64,7 +69,8 @@ def _check_care(model: ConvertedFolder, dtype: torch.dtype) -> None:
 
 TARGETS: dict[Profile | ExportProfile, Target] = {
     "deepseek-v3": Target(_check_deepseek, write_deepseek_checkpoint, ("transformers", "vllm")),
-    "deepseek-v2": Target(check_deepseek_v2, write_deepseek_v2_checkpoint, ("transformers",)),
+    "deepseek-v2": Target(check_deepseek_v2, write_deepseek_v2_checkpoint, ("transformers", "vllm")),
+    "mistral4": Target(check_mistral4, write_mistral4_checkpoint, ("transformers",)),
     "gguf": Target(check_gguf, write_gguf, ("llama.cpp",)),
     "care": Target(_check_care, write_latent_checkpoint, ("transformers",)),
 }
@@ -99,15 +105,20 @@ def pick_profile(facts: ModelFacts, config: PlanConfig) -> Profile:
         UnsupportedModelError: none can.
     """
     spread = METHOD_ALLOCATION.get(config.method, config.allocation)
-    if config.profile == "deepseek-v3":
-        check_deepseek(facts, config.form, dtype=torch.float32)
+    if config.profile not in (None, "care"):
+        check_deepseek(facts, config.form, dtype=torch.float32, profile=config.profile)
         return config.profile
     stock = config.profile is None and config.form == "decoupled" and spread not in PER_LAYER_ALLOCATIONS
     if stock:
-        blocker = profile_blocker(facts, "deepseek-v3")
-        if blocker is None:
-            return "deepseek-v3"
-        console.current().warn(f"written for our own class (profile care), not for stock engines: {blocker}")
+        profile, reason = stock_profile(facts)
+        if profile is None:
+            console.current().warn(
+                f"written for our own class (profile care), not for stock engines: {reason}"
+            )
+        else:
+            if reason:
+                console.current().note(f"Written in the profile {profile}, not deepseek-v3: {reason}.")
+            return profile
     class_names(facts)
     return "care"
 

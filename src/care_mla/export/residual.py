@@ -23,10 +23,13 @@ def residual_scale(facts: ModelFacts) -> float:
 def residual_factor(name: str, facts: ModelFacts, scale: float | None = None) -> float:
     """What a source tensor of this name is multiplied by, weight or bias, for a scale of the stream.
 
-    A tied head is the embedding and has grown by a, so the final norm takes it back.
+    A tied head is the embedding and has grown by a, so the final norm takes it back. Experts stay as they
+    are, to the bit: stock classes have a factor for what they add, `routed_scaling_factor`.
     """
     scale = residual_scale(facts) if scale is None else scale
     module = name.split(".")[-2]
+    if ".mlp.experts." in name:
+        return 1.0
     if module in STREAM_WRITERS:
         return scale
     return 1 / scale if name == "model.norm.weight" and facts.tie_word_embeddings else 1.0

@@ -23,7 +23,8 @@ from care_mla.export.gguf_vocabulary import has_tokenizer
 from care_mla.export.llama_cpp import quantize, reference_path, require_llama_cpp, write_reference
 from care_mla.export.profile import TARGETS, Target
 from care_mla.export.verify import copy_reference, read_reference
-from care_mla.export_config import ExportConfig
+from care_mla.export_config import ExportConfig, ExportProfile
+from care_mla.plan import STOCK_PROFILES, profile_blocker
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 RECIPE = "recipe.yaml"
@@ -81,7 +82,7 @@ def _export_folder(
         "quantization": quantization,
         "output": str(config.output),
         "bytes": written,
-        "check": f"care verify {config.output} --engine {target.engines[0]}",
+        "check": f"care verify {config.output} --engine {_engine(model, config.profile, target)}",
     }
 
 
@@ -126,6 +127,16 @@ def _export_file(
         "bytes": written,
         "check": f"care verify {config.output} --engine llama.cpp",
     }
+
+
+def _engine(model: ConvertedFolder, profile: ExportProfile, target: Target) -> str:
+    """The first engine that runs this model exactly in the profile."""
+    exact = [
+        engine
+        for engine in target.engines
+        if profile in STOCK_PROFILES and profile_blocker(model.facts, profile, engine=engine) is None
+    ]
+    return (exact or target.engines)[0]
 
 
 def model_itemsize(model: ConvertedFolder) -> int:

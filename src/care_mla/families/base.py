@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from care_mla.facts import ModelFacts
@@ -21,13 +21,29 @@ class Biases:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of experts, in the words of `ModelFacts`."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    sparse_layers: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One row of the table in `registry.py`: a pre-norm decoder with gated MLP, RMSNorm and half-split RoPE.
 
     `defaults` are the values that transformers' configuration class takes for absent keys. `biases` tells
-    which projections have one, `blockers` why a configuration cannot be converted (nothing: it can), and
-    `sliding_window` how far attention reaches back (None: to the start). All three receive the configuration
-    with the defaults filled in.
+    which projections have one, `blockers` why a configuration cannot be converted (nothing: it can),
+    `sliding_window` how far attention reaches back (None: to the start) and `experts` what stands in place of
+    the MLP (None: nothing does). All four receive the configuration with the defaults filled in.
+
+    Everywhere else tensors have Llama's names, and experts those of `layer_weight_names`. `fused` maps a
+    module in the files, which is one in transformers' class too, to the modules whose rows it holds, in
+    order; `renamed` maps parts of names in the files to ours. `has_partial_rotary` tells whether the class
+    heeds `partial_rotary_factor`.
     """
 
     name: str
@@ -37,11 +53,15 @@ class Family:
     biases: Callable[[Mapping[str, Any]], Biases] = lambda config: Biases()
     blockers: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     sliding_window: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    experts: Callable[[Mapping[str, Any]], Experts | None] | None = None
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    has_partial_rotary: bool = False
 
 
-def layer_weight_names(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-    """Tensors of a layer with their shapes, by names relative to `model.layers.{i}.`; all layers agree."""
-    hidden, inner = facts.hidden_size, facts.intermediate_size
+def layer_weight_names(facts: ModelFacts, layer_idx: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a layer with their shapes, by names relative to `model.layers.{layer_idx}.`."""
+    hidden = facts.hidden_size
     q_rows = facts.num_attention_heads * facts.head_dim
     kv_rows = facts.num_key_value_heads * facts.head_dim
     projections = {
@@ -49,9 +69,7 @@ def layer_weight_names(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv_rows, hidden, facts.k_bias),
         "self_attn.v_proj": (kv_rows, hidden, facts.v_bias),
         "self_attn.o_proj": (hidden, q_rows, facts.o_bias),
-        "mlp.gate_proj": (inner, hidden, facts.mlp_bias),
-        "mlp.up_proj": (inner, hidden, facts.mlp_bias),
-        "mlp.down_proj": (hidden, inner, facts.mlp_bias),
+        **_mlp_projections(facts, layer_idx),
     }
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
@@ -64,14 +82,29 @@ def layer_weight_names(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _mlp_projections(facts: ModelFacts, layer_idx: int) -> dict[str, tuple[int, int, bool]]:
+    """Rows, columns and bias of the matrices of a layer's MLP, or of its router and experts."""
+    hidden, inner = facts.hidden_size, facts.intermediate_size
+    prefixes, projections = ["mlp"], {}
+    if layer_idx in facts.sparse_layers:
+        inner = facts.moe_intermediate_size
+        prefixes = [f"mlp.experts.{expert_idx}" for expert_idx in range(facts.num_experts)]
+        projections["mlp.gate"] = (facts.num_experts, hidden, False)
+    for prefix in prefixes:
+        projections[f"{prefix}.gate_proj"] = (inner, hidden, facts.mlp_bias)
+        projections[f"{prefix}.up_proj"] = (inner, hidden, facts.mlp_bias)
+        projections[f"{prefix}.down_proj"] = (hidden, inner, facts.mlp_bias)
+    return projections
+
+
 def weight_names(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the source must have, by its transformers name, with its shape.
+    """Every tensor that the source must have, by its standard name, with its shape.
 
     A tied model has no `lm_head.weight` here: the embedding is the one tensor for both.
     """
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (facts.vocab_size, facts.hidden_size)}
-    layer = layer_weight_names(facts)
     for layer_idx in range(facts.num_hidden_layers):
+        layer = layer_weight_names(facts, layer_idx)
         shapes |= {f"model.layers.{layer_idx}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (facts.hidden_size,)
     if not facts.tie_word_embeddings:

@@ -3,45 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from care_mla.errors import UnsupportedModelError
 from care_mla.facts import ModelFacts
-from care_mla.families.base import Family
+from care_mla.families.base import Experts, Family
 from care_mla.families.llama import LLAMA
 from care_mla.families.mistral import MISTRAL
+from care_mla.families.mixtral import MIXTRAL
+from care_mla.families.phi3 import PHI3
 from care_mla.families.qwen2 import QWEN2
-from care_mla.families.rope import rope_parameters
+from care_mla.families.rope import rope_parameters, rotary_dim
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
+    "MixtralForCausalLM": MIXTRAL,
+    "Phi3ForCausalLM": PHI3,
     "Qwen2ForCausalLM": QWEN2,
 }
 
 # Why well-known architectures are refused; the first key that starts the architecture's name is taken.
 BLOCKERS: dict[str, str] = {
-    "Deepseek": "it has Multi-head Latent Attention already, or is a mixture of experts",
-    "Qwen3Moe": "it is a mixture of experts, and normalises queries and keys per head (QK-norm)",
+    "Deepseek": "it has Multi-head Latent Attention already, or experts that all tokens share",
+    "Qwen3Moe": "it normalises queries and keys per head (QK-norm)",
     "Qwen3": "it normalises queries and keys per head (QK-norm), which a linear latent cannot represent "
     "exactly",
-    "Qwen2Moe": "it is a mixture of experts",
+    "Qwen2Moe": "beside its mixture of experts all tokens share one, through a gate of its own",
     "Qwen2VL": "it is multimodal",
     "Gemma3": "it normalises queries and keys per head (QK-norm) and mixes sliding with full attention",
     "Gemma2": "it caps attention logits and output logits (soft-capping)",
-    "Gemma": "its norms add one to their weight and its embeddings are scaled",
+    "Gemma": "its norms add one to their weight, its embeddings are scaled, and its MLP is a GELU's",
     "Olmo2": "it normalises queries and keys (QK-norm)",
     "Olmo3": "it normalises queries and keys (QK-norm)",
     "Cohere": "it may normalise queries and keys (QK-norm), uses LayerNorm and parallel blocks",
-    "Mixtral": "it is a mixture of experts",
     "Llama4": "it is a mixture of experts, normalises queries and keys (QK-norm) and skips RoPE in some "
     "layers",
     "SmolLM3": "it skips RoPE in some layers",
-    "Phi3": "it stores queries, keys and values in one fused tensor (qkv_proj)",
+    "Phi3Small": "it attends to blocks of tokens (block-sparse attention) and uses LayerNorm",
+    "Phi3V": "it is multimodal",
+    "Phi4MM": "it is multimodal",
+    "Phi4Multimodal": "it is multimodal",
+    "Phi4Flash": "it mixes attention with a state-space model",
+    "Phimoe": "its experts are chosen by another router (sparse mixer), and it uses LayerNorm",
+    "PhiMoE": "its experts are chosen by another router (sparse mixer), and it uses LayerNorm",
     "Phi": "it rotates a part of each head (partial_rotary_factor) and uses LayerNorm",
     "GPT2": "it has learned positions instead of RoPE",
-    "GPTNeoX": "it stores queries, keys and values in one fused tensor and rotates a part of each head",
-    "Falcon": "it stores queries, keys and values in one fused tensor",
+    "GPTNeoX": "it uses LayerNorm and an MLP without gate",
+    "Falcon": "it uses LayerNorm and an MLP without gate",
+    "Olmoe": "it normalises queries and keys (QK-norm)",
+    "GptOss": "its attention has sinks, and its experts have biases and another activation",
     "Ministral": "it mixes sliding with full attention",
 }
 INTEGERS = (
@@ -67,7 +79,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     """
     family = _family(config)
     where = family.architecture
-    _refuse_features(config, where)
+    _refuse_features(config, family)
     full: dict[str, Any] = {**family.defaults, "hidden_act": "silu", "tie_word_embeddings": False, **config}
     if full.get("num_key_value_heads") is None:
         full["num_key_value_heads"] = full["num_attention_heads"]
@@ -78,6 +90,9 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     if blockers := family.blockers(full):
         raise UnsupportedModelError(f"{where}: {'; '.join(blockers)}. Choose a model without this feature.")
     rope = rope_parameters(full, where)
+    rotary = rotary_dim(full, rope, where, is_heeded=family.has_partial_rotary)
+    experts = family.experts(full) if family.experts is not None else None
+    _check_experts(experts, where)
     biases = family.biases(full)
     dtype = str(full.get("dtype") or full.get("torch_dtype") or "float32").removeprefix("torch.")
     for old in ("rope_theta", "rope_scaling", "torch_dtype", "partial_rotary_factor"):
@@ -102,10 +117,17 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         o_bias=biases.o,
         mlp_bias=biases.mlp,
         sliding_window=family.sliding_window(full),
+        rotary_dim=rotary,
+        **({} if experts is None else asdict(experts)),
         dtype=dtype,
         config=full,
         **{key: full[key] for key in INTEGERS},
     )
+
+
+def family_of(facts: ModelFacts) -> Family:
+    """The family that facts came from."""
+    return FAMILIES[facts.architecture]
 
 
 def _family(config: Mapping[str, Any]) -> Family:
@@ -122,8 +144,8 @@ def _family(config: Mapping[str, Any]) -> Family:
         )
     reason = next((why for start, why in BLOCKERS.items() if name.startswith(start)), None)
     if reason is None and not name.endswith("ForCausalLM"):
-        reason = _feature(config) or "it is no causal language model with its head"
-    reason = reason or _feature(config) or "its layers are unknown to this tool"
+        reason = _feature(config) or _experts(config) or "it is no causal language model with its head"
+    reason = reason or _feature(config) or _experts(config) or "its layers are unknown to this tool"
     raise UnsupportedModelError(
         f"architecture {name!r} cannot be converted: {reason}. Nothing was written. Choose a model of a "
         f"supported architecture: {supported}."
@@ -144,9 +166,6 @@ def _feature(config: Mapping[str, Any]) -> str | None:
         return "it has Multi-head Latent Attention already (kv_lora_rank)"
     if config.get("is_encoder_decoder"):
         return "it is an encoder-decoder (is_encoder_decoder)"
-    experts = [key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)]
-    if experts:
-        return f"it is a mixture of experts ({experts[0]})"
     if any(config.get(key) for key in ("use_qk_norm", "qk_norm", "qk_layernorm")):
         return "it normalises queries and keys (QK-norm)"
     caps = [key for key in ("attn_logit_softcapping", "final_logit_softcapping") if config.get(key)]
@@ -160,8 +179,16 @@ def _feature(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _refuse_features(config: Mapping[str, Any], where: str) -> None:
-    if (feature := _feature(config)) is not None:
+def _experts(config: Mapping[str, Any]) -> str | None:
+    """That a configuration has experts, by the key that says so."""
+    keys = [key for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)]
+    return f"it is a mixture of experts ({keys[0]})" if keys else None
+
+
+def _refuse_features(config: Mapping[str, Any], family: Family) -> None:
+    where = family.architecture
+    feature = _feature(config) or (_experts(config) if family.experts is None else None)
+    if feature is not None:
         raise UnsupportedModelError(
             f"{where}: {feature}. Nothing was written. Choose a model without this feature."
         )
@@ -187,6 +214,23 @@ def _check_numbers(full: Mapping[str, Any], where: str) -> None:
     if not isinstance(eps, int | float) or not 0 < eps < 1:
         raise UnsupportedModelError(
             f"{where}: rms_norm_eps is {eps!r} in config.json, expected a small number."
+        )
+
+
+def _check_experts(experts: Experts | None, where: str) -> None:
+    if experts is None:
+        return
+    sizes = asdict(experts)
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        value = sizes[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UnsupportedModelError(
+                f"{where}: {key} is {value!r} in config.json, expected a positive integer. Correct it."
+            )
+    if experts.num_experts_per_tok > experts.num_experts:
+        raise UnsupportedModelError(
+            f"{where}: num_experts_per_tok is {experts.num_experts_per_tok}, and there are only "
+            f"{experts.num_experts} experts. Correct config.json."
         )
 
 

@@ -34,12 +34,6 @@ def rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     rope_type = found.get("rope_type", found.get("type", "default"))
     theta = found.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
-    partial = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise UnsupportedModelError(
-            f"{where}: partial_rotary_factor is {partial}: only a part of each head is rotated, which the "
-            "conversion does not represent. Choose a model that rotates whole heads."
-        )
     if rope_type not in ("default", "llama3"):
         raise UnsupportedModelError(
             f"{where}: rope_type is {rope_type!r}. Only 'default' and 'llama3' give angles that stay exact "
@@ -53,7 +47,44 @@ def rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": float(theta)}
     if rope_type == "llama3":
         parameters |= _llama3(found, config, where)
+    partial = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        parameters["partial_rotary_factor"] = partial
     return parameters
+
+
+def rotary_dim(
+    config: Mapping[str, Any], parameters: Mapping[str, Any], where: str, *, is_heeded: bool
+) -> int:
+    """How many dimensions of a head RoPE turns: the first ones, as transformers counts them.
+
+    Args:
+        config: with `head_dim`.
+        parameters: from `rope_parameters`.
+        where: how error messages call the model.
+        is_heeded: whether the model's class rotates a part of the head if asked to.
+
+    Raises:
+        UnsupportedModelError: the class rotates whole heads whatever the configuration says, or the part is
+            no number of pairs.
+    """
+    head_dim: int = config["head_dim"]
+    partial = parameters.get("partial_rotary_factor")
+    if partial is None:
+        return head_dim
+    if not is_heeded:
+        raise UnsupportedModelError(
+            f"{where}: partial_rotary_factor is {partial}, but transformers' class rotates whole heads for "
+            "plain RoPE, so it is unclear what the model is. Correct config.json, or choose a model that "
+            "rotates whole heads."
+        )
+    width = int(head_dim * partial) if isinstance(partial, int | float) else 0
+    if not 0 < width <= head_dim or width % 2:
+        raise UnsupportedModelError(
+            f"{where}: partial_rotary_factor {partial!r} of head_dim {head_dim} rotates {width} dimensions, "
+            "and RoPE turns pairs of them. Correct config.json."
+        )
+    return width
 
 
 def _llama3(found: Mapping[str, Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -79,12 +110,12 @@ def _llama3(found: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
 
 
 def rotary_frequencies(facts: ModelFacts) -> list[float]:
-    """Angles in radians per position of the H/2 pairs (i, i + H/2) of a head, llama3's scaling included.
+    """Angles in radians per position of the pairs (i, i + W/2) of a head, llama3's scaling included.
 
-    RoPE's amplitude (transformers' `attention_scaling`) is 1 for every supported type.
+    W is `rotary_dim`. RoPE's amplitude (transformers' `attention_scaling`) is 1 for every supported type.
     """
     theta = facts.rope_theta
-    plain = [theta ** (-2 * i / facts.head_dim) for i in range(facts.head_dim // 2)]
+    plain = [theta ** (-2 * i / facts.rotary_dim) for i in range(facts.rotary_dim // 2)]
     match facts.rope_type:
         case "default":
             return plain
@@ -92,6 +123,19 @@ def rotary_frequencies(facts: ModelFacts) -> list[float]:
             return [llama3_frequency(angle, facts.rope_parameters) for angle in plain]
         case other:
             raise AssertionError(other)
+
+
+def pair_order(facts: ModelFacts) -> list[int]:
+    """The order of a head's dimensions in which all of the head is half-split pairs (i, i + H/2).
+
+    The pairs that RoPE turns come first, in their own order; then the dimensions that it passes, as pairs
+    that turn by 0. Logits stay the same if queries and keys take the same order, so that all that follows
+    knows whole heads alone. Where RoPE turns all of the head, the order is as it was.
+    """
+    half = facts.rotary_dim // 2
+    passed = range(facts.rotary_dim, facts.head_dim)
+    first, second = passed[: len(passed) // 2], passed[len(passed) // 2 :]
+    return [*range(half), *first, *range(half, facts.rotary_dim), *second]
 
 
 def llama3_frequency(angle: float, parameters: Mapping[str, Any]) -> float:

@@ -8,7 +8,14 @@ transformers. Reads and writes `config.json`.
 
 from __future__ import annotations
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 LATENT_FORMS = ("exact-rope", "decoupled", "partial-rope")
 
@@ -73,6 +80,18 @@ class LatentMistralConfig(LatentFields, MistralConfig):
     """Mistral with latent attention."""
 
     model_type = "care_latent_mistral"
+
+
+class LatentMixtralConfig(LatentFields, MixtralConfig):
+    """Mixtral with latent attention."""
+
+    model_type = "care_latent_mixtral"
+
+
+class LatentPhi3Config(LatentFields, Phi3Config):
+    """Phi-3 with latent attention."""
+
+    model_type = "care_latent_phi3"
 
 
 class LatentQwen2Config(LatentFields, Qwen2Config):

@@ -23,7 +23,13 @@ from care_mla.mla import configuration, modeling
 from care_mla.mla.modeling import LatentAttention
 
 # Source architecture -> what our classes are called: Latent<name>Config, Latent<name>ForCausalLM.
-NAMES = {"LlamaForCausalLM": "Llama", "MistralForCausalLM": "Mistral", "Qwen2ForCausalLM": "Qwen2"}
+NAMES = {
+    "LlamaForCausalLM": "Llama",
+    "MistralForCausalLM": "Mistral",
+    "MixtralForCausalLM": "Mixtral",
+    "Phi3ForCausalLM": "Phi3",
+    "Qwen2ForCausalLM": "Qwen2",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,10 @@ from transformers import (
     LlamaModel,
     MistralForCausalLM,
     MistralModel,
+    MixtralForCausalLM,
+    MixtralModel,
+    Phi3ForCausalLM,
+    Phi3Model,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
@@ -28,9 +32,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from .configuration import LatentLlamaConfig, LatentMistralConfig, LatentQwen2Config
+from .configuration import (
+    LatentLlamaConfig,
+    LatentMistralConfig,
+    LatentMixtralConfig,
+    LatentPhi3Config,
+    LatentQwen2Config,
+)
 
 
 def rope_attention_scaling(config: PreTrainedConfig) -> float:
@@ -309,6 +320,41 @@ class LatentMistralForCausalLM(LatentForCausalLM, MistralForCausalLM):
 
     config_class = LatentMistralConfig
     model_class = LatentMistralModel
+
+
+class LatentMixtralModel(LatentModel, MixtralModel):
+    """Mixtral's decoder with latent attention."""
+
+    config_class = LatentMixtralConfig
+    _can_record_outputs = {**MixtralModel._can_record_outputs, "attentions": LatentAttention}  # noqa: RUF012
+
+
+class LatentMixtralForCausalLM(LatentForCausalLM, MixtralForCausalLM):
+    """Mixtral with latent attention."""
+
+    config_class = LatentMixtralConfig
+    model_class = LatentMixtralModel
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        # What the loss that balances the experts needs.
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+
+
+class LatentPhi3Model(LatentModel, Phi3Model):
+    """Phi-3's decoder with latent attention."""
+
+    config_class = LatentPhi3Config
+    _can_record_outputs = {"hidden_states": Phi3DecoderLayer, "attentions": LatentAttention}  # noqa: RUF012
+
+
+class LatentPhi3ForCausalLM(LatentForCausalLM, Phi3ForCausalLM):
+    """Phi-3 with latent attention."""
+
+    config_class = LatentPhi3Config
+    model_class = LatentPhi3Model
 
 
 class LatentQwen2Model(LatentModel, Qwen2Model):

@@ -6,7 +6,7 @@ factored layers, one layer at a time, in the source's scale and RoPE layout; wri
 # Shapes: B sequences, L positions of the queries, T positions of the keys, D hidden_size, N query heads, G KV
 #         heads, n query heads of one KV head (N/G), H head_dim, R kv_lora_rank, M qk_nope_head_dim, P width
 #         that is rotated, K query and key width, J rope-key heads, F frequencies (P/2), X heads of the tensor
-#         at hand, S vocabulary.
+#         at hand, W rotary_dim, E experts, k experts of a token, I width of an MLP, S vocabulary.
 
 from __future__ import annotations
 
@@ -122,9 +122,7 @@ class Reference:
             normed_BLD = self._norm(x_BLD, weights["input_layernorm.weight"])
             x_BLD = x_BLD + self._attention(weights, latent, normed_BLD, start, past, layer_idx)
             normed_BLD = self._norm(x_BLD, weights["post_attention_layernorm.weight"])
-            gate_BLI = _linear(weights, "mlp.gate_proj", normed_BLD)
-            inner_BLI = gate_BLI * gate_BLI.sigmoid() * _linear(weights, "mlp.up_proj", normed_BLD)
-            x_BLD = x_BLD + _linear(weights, "mlp.down_proj", inner_BLI)
+            x_BLD = x_BLD + self._mlp(weights, normed_BLD, layer_idx)
         normed_BLD = self._norm(x_BLD, self._wide(self._tensor("model.norm.weight")))
         tied = self.facts.tie_word_embeddings
         head_SD = self._tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
@@ -144,7 +142,11 @@ class Reference:
     def _layer(self, layer_idx: int) -> tuple[dict[str, Tensor], LatentLayer | None]:
         if layer_idx in self._held_layers:
             return self._held_layers[layer_idx]
-        weights = {name: self._wide(tensor) for name, tensor in self.source.layer(layer_idx).items()}
+        weights = {
+            # Experts, of which few are used at once, are turned to float64 only then if they are not held.
+            name: tensor if ".experts." in name and not self._holds else self._wide(tensor)
+            for name, tensor in self.source.layer(layer_idx).items()
+        }
         latent = None if self.layers is None else self.layers(layer_idx).to(self.device, torch.float64)
         if self._holds:
             self._held_layers[layer_idx] = weights, latent
@@ -152,6 +154,25 @@ class Reference:
 
     def _norm(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
         return weight_D * x_BLD / (x_BLD.square().mean(-1, keepdim=True) + self.facts.rms_norm_eps).sqrt()
+
+    def _mlp(self, weights: dict[str, Tensor], x_BLD: Tensor, layer_idx: int) -> Tensor:
+        """The gated MLP, or the chosen experts' outputs weighted by the router."""
+        if layer_idx not in self.facts.sparse_layers:
+            return gated_mlp(weights, "mlp", x_BLD)
+        probs_BLE = (x_BLD @ weights["mlp.gate.weight"].T).softmax(-1)
+        top_BLk, chosen_BLk = probs_BLE.topk(self.facts.num_experts_per_tok, dim=-1)
+        if self.facts.norm_topk_prob:
+            top_BLk = top_BLk / top_BLk.sum(-1, keepdim=True)
+        out_BLD = torch.zeros_like(x_BLD)
+        for expert_idx in chosen_BLk.unique().tolist():
+            prefix = f"mlp.experts.{expert_idx}."
+            expert = {name: self._wide(t) for name, t in weights.items() if name.startswith(prefix)}
+            is_chosen_BLk = chosen_BLk == expert_idx
+            tokens_BL = is_chosen_BLk.any(-1)
+            weight_BL = self.facts.routed_scaling_factor * (top_BLk * is_chosen_BLk).sum(-1)
+            out_TD = gated_mlp(expert, prefix.removesuffix("."), x_BLD[tokens_BL])
+            out_BLD[tokens_BL] += weight_BL[tokens_BL][:, None] * out_TD
+        return out_BLD
 
     def _attention(
         self,
@@ -188,6 +209,13 @@ class Reference:
         return _linear(weights, "self_attn.o_proj", out_BNLH.transpose(1, 2).flatten(2))
 
 
+def gated_mlp(weights: dict[str, Tensor], name: str, x_BLD: Tensor) -> Tensor:
+    """down(silu(gate x) * up x)."""
+    gate_BLI = _linear(weights, f"{name}.gate_proj", x_BLD)
+    inner_BLI = gate_BLI * gate_BLI.sigmoid() * _linear(weights, f"{name}.up_proj", x_BLD)
+    return _linear(weights, f"{name}.down_proj", inner_BLI)
+
+
 def original_projections(
     facts: ModelFacts, weights: dict[str, Tensor], x_BLD: Tensor, positions_L: Tensor
 ) -> Projections:
@@ -198,12 +226,12 @@ def original_projections(
             _linear(weights, f"self_attn.{name}", x_BLD).unflatten(-1, (-1, facts.head_dim)).transpose(1, 2)
         )
 
+    def rotated(x_BXLH: Tensor) -> Tensor:
+        turned_BXLW, passed = x_BXLH.tensor_split([facts.rotary_dim], dim=-1)
+        return torch.cat((rotate(turned_BXLW, positions_L, inv_freq_1F), passed), dim=-1)
+
     inv_freq_1F = torch.tensor([rotary_frequencies(facts)], dtype=torch.float64, device=x_BLD.device)
-    return Projections(
-        rotate(heads("q_proj"), positions_L, inv_freq_1F),
-        rotate(heads("k_proj"), positions_L, inv_freq_1F),
-        heads("v_proj"),
-    )
+    return Projections(rotated(heads("q_proj")), rotated(heads("k_proj")), heads("v_proj"))
 
 
 def latent_projections(latent: LatentLayer, x_BLD: Tensor, positions_L: Tensor) -> Projections:
