@@ -21,15 +21,21 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 CLASSES: dict[str, tuple[type, type]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
 }
 # Wavelengths of 16-wide heads lie in all three regions of the scaling: kept, interpolated, divided.
 LLAMA3_ROPE: dict[str, Any] = {
@@ -71,7 +77,7 @@ def pico_model(
 
     Args:
         folder: created.
-        family: `llama`, `mistral` or `qwen2`.
+        family: a key of CLASSES.
         vocab: pieces of the byte-level BPE, at least 256; `vocab_size` is this plus the two special tokens.
         shards: about how many safetensors files.
         rope: `rope_parameters`, or the word `llama3`; default is plain RoPE with theta 10000.
@@ -119,6 +125,9 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
             if name.endswith("embed_tokens.weight"):
                 # A scale per dimension gives the activations' second moment a steep spectrum.
                 value = 0.25 * noise * torch.exp(0.7 * torch.randn(hidden, generator=generator))
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                # Attention logits as below; the norm takes out what its projection does to their size.
+                value = 1.6 * (1 + 0.2 * noise)
             elif name.endswith("norm.weight"):
                 value = 1 + 0.2 * noise
             elif name.endswith(".bias"):

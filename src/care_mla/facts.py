@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+# RMSNorm of queries and keys before RoPE: over each head by itself (Qwen3), or over all heads (OLMo 2).
+QkNorm = Literal["head", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +14,8 @@ class ModelFacts:
     """Dimensions and switches of a decoder, under the names that its `config.json` gives them.
 
     `config` is the complete configuration as transformers spells it, so that the stock classes can be built
-    from it.
+    from it. `qk_norm` tells how queries and keys are normalised before RoPE; in a model with `is_post_norm`
+    the norms of a layer come after its attention and its MLP, before what they give is added to the stream.
     """
 
     family: str
@@ -35,6 +39,8 @@ class ModelFacts:
     o_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    qk_norm: QkNorm | None = None
+    is_post_norm: bool = False
     dtype: str = "float32"
     config: dict[str, Any] = field(default_factory=dict, repr=False)
 

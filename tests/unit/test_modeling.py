@@ -342,8 +342,8 @@ def test_backends_that_cannot_run_are_refused(llama):
 def test_what_cannot_be_expressed_is_refused_by_name(llama):
     facts = facts_of(llama)
     dims = [LatentDims.of(random_layer("decoupled", 8, 0))] * 2
-    with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM"):
-        latent_config(replace(facts, architecture="Qwen3ForCausalLM"), dims)
+    with pytest.raises(UnsupportedModelError, match="Gemma2ForCausalLM"):
+        latent_config(replace(facts, architecture="Gemma2ForCausalLM"), dims)
     config = latent_config(facts, dims).to_dict()
     with pytest.raises(ValueError, match="latent_form is 'rotated'"):
         type(latent_config(facts, dims)).from_dict(config | {"latent_form": "rotated"})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from care_mla.facts import ModelFacts
+from care_mla.facts import ModelFacts, QkNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +22,12 @@ class Biases:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row of the table in `registry.py`: a pre-norm decoder with gated MLP, RMSNorm and half-split RoPE.
+    """One row of the table in `registry.py`: a decoder with gated MLP, RMSNorm and half-split RoPE.
 
     `defaults` are the values that transformers' configuration class takes for absent keys. `biases` tells
     which projections have one, `blockers` why a configuration cannot be converted (nothing: it can), and
     `sliding_window` how far attention reaches back (None: to the start). All three receive the configuration
-    with the defaults filled in.
+    with the defaults filled in. `qk_norm` and `is_post_norm` are those of `ModelFacts`.
     """
 
     name: str
@@ -37,6 +37,15 @@ class Family:
     biases: Callable[[Mapping[str, Any]], Biases] = lambda config: Biases()
     blockers: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
     sliding_window: Callable[[Mapping[str, Any]], int | None] = lambda config: None
+    qk_norm: QkNorm | None = None
+    is_post_norm: bool = False
+
+
+def block_norms(facts: ModelFacts) -> tuple[str, str]:
+    """Names of a layer's norm for its attention, and of that for its MLP."""
+    if facts.is_post_norm:
+        return "post_attention_layernorm", "post_feedforward_layernorm"
+    return "input_layernorm", "post_attention_layernorm"
 
 
 def layer_weight_names(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
@@ -53,10 +62,10 @@ def layer_weight_names(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden, facts.mlp_bias),
         "mlp.down_proj": (hidden, inner, facts.mlp_bias),
     }
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in block_norms(facts)}
+    if facts.qk_norm is not None:
+        shapes["self_attn.q_norm.weight"] = (facts.head_dim if facts.qk_norm == "head" else q_rows,)
+        shapes["self_attn.k_norm.weight"] = (facts.head_dim if facts.qk_norm == "head" else kv_rows,)
     for name, (rows, columns, has_bias) in projections.items():
         shapes[f"{name}.weight"] = (rows, columns)
         if has_bias:

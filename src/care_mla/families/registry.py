@@ -10,28 +10,30 @@ from care_mla.facts import ModelFacts
 from care_mla.families.base import Family
 from care_mla.families.llama import LLAMA
 from care_mla.families.mistral import MISTRAL
+from care_mla.families.olmo2 import OLMO2
 from care_mla.families.qwen2 import QWEN2
+from care_mla.families.qwen3 import QWEN3
 from care_mla.families.rope import rope_parameters
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
+    "Olmo2ForCausalLM": OLMO2,
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
 }
 
 # Why well-known architectures are refused; the first key that starts the architecture's name is taken.
 BLOCKERS: dict[str, str] = {
     "Deepseek": "it has Multi-head Latent Attention already, or is a mixture of experts",
     "Qwen3Moe": "it is a mixture of experts, and normalises queries and keys per head (QK-norm)",
-    "Qwen3": "it normalises queries and keys per head (QK-norm), which a linear latent cannot represent "
-    "exactly",
+    "Qwen3": "of the Qwen3 models only the dense language models are known",
     "Qwen2Moe": "it is a mixture of experts",
     "Qwen2VL": "it is multimodal",
     "Gemma3": "it normalises queries and keys per head (QK-norm) and mixes sliding with full attention",
     "Gemma2": "it caps attention logits and output logits (soft-capping)",
     "Gemma": "its norms add one to their weight and its embeddings are scaled",
-    "Olmo2": "it normalises queries and keys (QK-norm)",
-    "Olmo3": "it normalises queries and keys (QK-norm)",
+    "Olmo3": "it normalises queries and keys (QK-norm), and mixes sliding with full attention",
     "Cohere": "it may normalise queries and keys (QK-norm), uses LayerNorm and parallel blocks",
     "Mixtral": "it is a mixture of experts",
     "Llama4": "it is a mixture of experts, normalises queries and keys (QK-norm) and skips RoPE in some "
@@ -102,6 +104,8 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         o_bias=biases.o,
         mlp_bias=biases.mlp,
         sliding_window=family.sliding_window(full),
+        qk_norm=family.qk_norm,
+        is_post_norm=family.is_post_norm,
         dtype=dtype,
         config=full,
         **{key: full[key] for key in INTEGERS},
