@@ -19,7 +19,7 @@ from care_mla.mla.mapping import attention_state_dict, latent_config, model_clas
 from pico import LLAMA3_ROPE
 
 N, G, H, D = 4, 2, 16, 64
-FORMS = ("exact-rope", "decoupled", "partial-rope")
+FORMS = ("exact-rope", "exact-rope qk-norm head", "exact-rope qk-norm full", "decoupled", "partial-rope")
 SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama"},
     "llama-biases-untied-llama3": {
@@ -33,6 +33,17 @@ SOURCES: dict[str, dict[str, Any]] = {
             "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256,
         },
     },
+}  # fmt: skip
+
+
+# These have the exact-rope form alone at full rank: no other keeps their norms.
+NORMED_SOURCES: dict[str, dict[str, Any]] = {
+    "qwen3": {"family": "qwen3"},
+    "qwen3-biases-untied-llama3": {
+        "family": "qwen3", "attention_bias": True, "tied": False, "rope": LLAMA3_ROPE,
+    },
+    "olmo2": {"family": "olmo2"},
+    "olmo2-one-kv-head": {"family": "olmo2", "kv_heads": 1, "attention_bias": True, "tied": False},
 }  # fmt: skip
 
 
@@ -55,20 +66,29 @@ def heads(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.detach().unflatten(0, (-1, H))
 
 
+def norm(attention: Any, name: str) -> Tensor | None:
+    """Weights of a norm of queries or keys, (1, H) or (heads, H), where there is one."""
+    module = getattr(attention, name, None)
+    return None if module is None else heads(module.weight)
+
+
 def exact_layer(model: PreTrainedModel, layer_idx: int) -> LatentLayer:
     """Full rank: the latent is the keys and values themselves."""
     attention = model.model.layers[layer_idx].self_attn
-    eye = torch.eye(2 * G * H).unflatten(0, (2 * G, H))
+    rows = attention.k_proj.weight.shape[0]
+    eye = torch.eye(2 * rows).unflatten(0, (-1, H))
     return LatentLayer(
         form="exact-rope",
         down_RD=torch.cat((attention.k_proj.weight, attention.v_proj.weight)).detach(),
-        up_k_GMR=eye[:G],
-        up_v_GHR=eye[G:],
+        up_k_GMR=eye[: rows // H],
+        up_v_GHR=eye[rows // H :],
         q_rope_NPD=heads(attention.q_proj.weight),
         inv_freq_JF=model.model.rotary_emb.inv_freq[None],
         q_rope_bias_NP=heads(attention.q_proj.bias),
         k_bias_GM=heads(attention.k_proj.bias),
         v_bias_GH=heads(attention.v_proj.bias),
+        q_norm_XH=norm(attention, "q_norm"),
+        k_norm_XH=norm(attention, "k_norm"),
     )
 
 
@@ -89,7 +109,12 @@ def partial_layer(model: PreTrainedModel, layer_idx: int) -> LatentLayer:
 
 
 def random_layer(form: str, rank: int, seed: int, *, biases: bool = True) -> LatentLayer:
-    """Weights of no source: M, P, frequencies and biases differ from anything that a stock class could do."""
+    """Weights of no source: M, P, frequencies and biases differ from anything that a stock class could do.
+
+    Args:
+        form: one of FORMS, which tell the norm of queries and keys too.
+    """
+    form, _, qk_norm = form.partition(" qk-norm ")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -114,6 +139,8 @@ def random_layer(form: str, rank: int, seed: int, *, biases: bool = True) -> Lat
         k_rope_bias_JP=bias(rope_heads, width_p) if rope_heads else None,
         k_bias_GM=None if rope_heads else bias(G, H),
         v_bias_GH=bias(G, H),
+        q_norm_XH=1 + draw(N if qk_norm == "full" else 1, H, scale=0.3) if qk_norm else None,
+        k_norm_XH=1 + draw(G if qk_norm == "full" else 1, H, scale=0.3) if qk_norm else None,
     )
 
 

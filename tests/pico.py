@@ -23,11 +23,15 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -38,6 +42,8 @@ CLASSES: dict[str, tuple[type, type]] = {
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM),
 }
 # What no family reads yet.
 OTHER_CLASSES: dict[str, tuple[type, type]] = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM)}
@@ -139,6 +145,9 @@ def _fill(model: torch.nn.Module, seed: int) -> None:
             if name.endswith("embed_tokens.weight"):
                 # A scale per dimension gives the activations' second moment a steep spectrum.
                 value = 0.25 * noise * torch.exp(0.7 * torch.randn(hidden, generator=generator))
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                # Attention logits as below; the norm takes out what its projection does to their size.
+                value = 1.6 * (1 + 0.2 * noise)
             elif name.endswith("norm.weight"):
                 value = 1 + 0.2 * noise
             elif name.endswith(".bias"):

@@ -50,6 +50,11 @@ class SlowModel:
                 attention.get_submodule(f"{name}_proj").register_forward_hook(
                     self._keep_output(name, attention)
                 )
+                # What attention sees of queries and keys: the projection, or its norm where there is one.
+                norm = f"{name}_norm" if hasattr(attention, f"{name}_norm") else f"{name}_proj"
+                attention.get_submodule(norm).register_forward_hook(
+                    self._keep_output(f"seen_{name}", attention)
+                )
         config = self.model.config
         self.num_groups, self.head_dim = config.num_key_value_heads, config.head_dim
         self.inv_freq_F = self.model.model.rotary_emb.inv_freq.double()
@@ -69,7 +74,7 @@ class SlowModel:
 
     def pairs(self, x_BLX: Tensor) -> Tensor:
         """Heads as complex numbers (B, L, heads, F): half-split pairs."""
-        real, imag = x_BLX.unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-1)
+        real, imag = x_BLX.flatten(2).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-1)
         return torch.complex(real, imag)
 
     def gammas(self, tokens_BL: Tensor) -> list[Tensor]:
@@ -81,7 +86,7 @@ class SlowModel:
         for attention in self.layers:
             prob_BNLL = attention.logits_BNLL.softmax(-1)
             # RoPE changes no lengths, so queries and keys before it do.
-            query_BLNF, key_BLGF = self.pairs(attention.q), self.pairs(attention.k)
+            query_BLNF, key_BLGF = self.pairs(attention.seen_q), self.pairs(attention.seen_k)
             repeat = query_BLNF.shape[2] // key_BLGF.shape[2]
             key_BLNF = key_BLGF.repeat_interleave(repeat, 2)
             turned = torch.zeros(query_BLNF.shape[2:], dtype=torch.complex128)
@@ -123,7 +128,7 @@ class SlowModel:
     def _sums(self, attention: Any, gamma_NF: Tensor, leverage_DD: Tensor) -> dict[str, Tensor]:
         x_TD = attention.x_TD
         grad_k_TX, grad_v_TX = attention.k.grad.flatten(0, 1), attention.v.grad.flatten(0, 1)
-        query_BLNF = self.pairs(attention.q.detach())
+        query_BLNF = self.pairs(attention.seen_q.detach())
         # The key without RoPE enters a logit as Re conj(q_h) gamma_h k / sqrt(H).
         nope_BNLF = (
             torch.einsum("bnts,btnf->bnsf", attention.logits_BNLL.grad.to(torch.complex128), query_BLNF)
@@ -142,7 +147,7 @@ class SlowModel:
         def fisher(*parts: Tensor) -> Tensor:
             return second_moment(leverage_T1.sqrt() * torch.cat(parts, -1))
 
-        return {
+        sums = {
             "tokens": torch.tensor(float(len(x_TD)), dtype=torch.float64),
             "xx_DD": second_moment(x_TD),
             "x_D": x_TD.sum(0),
@@ -153,3 +158,11 @@ class SlowModel:
             "key_felt_xx_DD": second_moment(grad_k_TX.norm(dim=-1, keepdim=True) * x_TD),
             "value_felt_xx_DD": second_moment(grad_v_TX.norm(dim=-1, keepdim=True) * x_TD),
         }
+        if self.model.config.model_type == "qwen3":
+            seen_grad_T1 = attention.seen_k.grad.flatten(0, 1).flatten(1).norm(dim=-1, keepdim=True)
+            sums["normed_key_felt_xx_DD"] = second_moment(seen_grad_T1 * x_TD)
+            for name, heads in (("q", "N"), ("k", "G")):
+                y_TXH = getattr(attention, f"seen_{name}").detach().flatten(0, 1)
+                sums[f"normed_{name}_{heads}H"] = y_TXH.sum(0)
+                sums[f"normed_{name}_x_{heads}HD"] = torch.einsum("txh,td->xhd", y_TXH, x_TD)
+        return sums

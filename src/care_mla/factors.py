@@ -4,7 +4,8 @@ Every method of every form ends here, and everything downstream (reference forwa
 exporters) starts here. Written to `layers/layer_00.safetensors` in the work folder.
 """
 # Shapes: D hidden_size, N query heads, G KV heads, H head_dim, R kv_lora_rank, M qk_nope_head_dim,
-#         P qk_rope_head_dim, J rope-key heads (0, 1 or G), F frequencies (P/2).
+#         P qk_rope_head_dim, J rope-key heads (0, 1 or G), F frequencies (P/2), X rows of a norm (1, or one
+#         for each head).
 
 from __future__ import annotations
 
@@ -34,6 +35,10 @@ class LatentLayer:
       query = [q_nope x + q_nope_bias ; rope(q_rope x + q_rope_bias)]; there k_bias is None, since softmax
       drops what is the same for every key.
 
+    Where `q_norm_XH` and `k_norm_XH` are present (exact-rope alone), queries and rebuilt keys pass through an
+    RMSNorm with these weights and the source's eps before RoPE: over each head by itself if X is 1, else over
+    all heads at once, with a row of weights for each.
+
     RoPE pairs are half-split (i, i + P/2) and pair i of rope-key head j turns by `inv_freq_JF[j, i]` per
     position.
     """
@@ -51,6 +56,8 @@ class LatentLayer:
     k_rope_bias_JP: Tensor | None = None
     k_bias_GM: Tensor | None = None
     v_bias_GH: Tensor | None = None
+    q_norm_XH: Tensor | None = None
+    k_norm_XH: Tensor | None = None
 
     @property
     def kv_lora_rank(self) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+# RMSNorm of queries and keys before RoPE: over each head by itself (Qwen3), or over all heads (OLMo 2).
+QkNorm = Literal["head", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +18,8 @@ class ModelFacts:
     the others. The layers in `sparse_layers` have `num_experts` MLPs of width `moe_intermediate_size` in
     place of one of width `intermediate_size`: of a softmax over the router's logits the `num_experts_per_tok`
     largest count, divided by their sum where `norm_topk_prob` says so, times `routed_scaling_factor`.
+    from it. `qk_norm` tells how queries and keys are normalised before RoPE; in a model with `is_post_norm`
+    the norms of a layer come after its attention and its MLP, before what they give is added to the stream.
     """
 
     family: str
@@ -45,6 +50,8 @@ class ModelFacts:
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
     sparse_layers: frozenset[int] = frozenset()
+    qk_norm: QkNorm | None = None
+    is_post_norm: bool = False
     dtype: str = "float32"
     config: dict[str, Any] = field(default_factory=dict, repr=False)
 

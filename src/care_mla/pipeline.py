@@ -23,10 +23,11 @@ from care_mla.decompose.layer_inputs import CalibratedLayers
 from care_mla.decompose.methods import method_function, variants
 from care_mla.device import peak_memory, pick_device
 from care_mla.errors import OptionError
-from care_mla.export.card import Card, write_card
+from care_mla.export.card import NEEDS_HEALING, Card, healing_warning, write_card
 from care_mla.export.profile import pick_dtype, pick_profile, write_checkpoint
 from care_mla.export.verify import store_reference, verify
 from care_mla.factors import LatentLayer
+from care_mla.forms import check_form
 from care_mla.mla.choose import Choice, candidates, choose
 from care_mla.plan import plan
 from care_mla.recipe import recipe_text
@@ -50,6 +51,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     terminal.silence_transformers()
     with stages("check"):
         source = open_source(config.model, trust_remote_code=config.trust_remote_code)
+        check_form(source.facts, config.form)
         device = pick_device(config.device)
         wanted = variants(source.facts, config, form=config.form, method=config.method)
         profile = pick_profile(source.facts, config)
@@ -80,7 +82,17 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         open_choices = candidates(wanted, config.allocation, inputs, per_layer=profile == "care")
         title = f"Choosing between {len(open_choices)} candidates on held-out text"
         with console.progress(title, stack.num_layers + 1) as progress:
-            (choice,) = choose(stack, inputs, [open_choices], blocks.held_out_BL, workspace, progress.advance)
+            (choice,) = choose(
+                stack,
+                inputs,
+                [open_choices],
+                blocks.held_out_BL,
+                workspace,
+                progress.advance,
+                measure_all=bool(planned.needs_healing),
+            )
+        if planned.needs_healing:
+            console.warn(healing_warning(planned.needs_healing, choice.held_out_kl))
     with stages("factor"), console.progress(f"Factoring: {choice.label}", stack.num_layers) as progress:
         layers, layer_rows = _factor(choice, inputs, workspace, progress.advance)
     with atomic_folder(config.output, config.overwrite) as folder:
@@ -105,6 +117,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "allocation": choice.allocation,
             "profile": profile,
             "held_out_kl": choice.held_out_kl,
+            "needs_healing": planned.needs_healing,
             "output": str(config.output),
             "stages": stages.seconds,
             "peak_memory_bytes": peak_memory(device),
@@ -139,11 +152,12 @@ def _card(
         qk_rope_head_dim=result["qk_rope_head_dim"],
         cached_values=(result["cached_values"]["original"], result["cached_values"]["converted"]),
         kl_held_out=result["held_out_kl"],
+        needs_healing=result["needs_healing"],
         verify=result["verify"],
         recipe=recipe,
         versions=versions(),
         fingerprints=fingerprints,
-        warnings=terminal.current().warnings,
+        warnings=[text for text in terminal.current().warnings if not text.startswith(NEEDS_HEALING)],
     )
 
 

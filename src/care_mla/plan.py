@@ -18,6 +18,7 @@ from care_mla.budget import Dims, cached_values, resolve_dims
 from care_mla.configs import CalibrationConfig, Form, PlanConfig, Profile
 from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
+from care_mla.forms import check_form, needs_healing
 from care_mla.routers import router_blocker
 
 GIB = 2**30
@@ -113,14 +114,16 @@ def machine_memory() -> int:
 def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> str | None:
     """Why a profile cannot express this model exactly in an engine; None where it can.
 
-    Stock profiles have no sliding window and no MLP bias anywhere, and attention biases and scaled RoPE in
-    transformers alone; each has a router of its own. What depends on more than the model (form, ranks,
-    dtype) is checked in export/deepseek.py, which asks here first.
+    Stock profiles have no sliding window, no MLP bias and no norm after a block anywhere, and attention
+    biases and scaled RoPE in transformers alone; each has a router of its own. What depends on more than the
+    model (form, ranks, dtype) is checked in export/deepseek.py, which asks here first.
     """
     if profile == "care":
         return None if engine == "transformers" else "our own class runs in transformers"
     if facts.sliding_window is not None and facts.sliding_window < facts.max_position_embeddings:
         return f"sliding_window {facts.sliding_window}: DeepSeek's attention sees all positions"
+    if facts.is_post_norm:
+        return "norms come after attention and MLP: DeepSeek's layers have them before"
     if facts.mlp_bias:
         return "mlp_bias: DeepSeek's MLP has no biases"
     if (router := router_blocker(facts, profile, engine)) is not None:
@@ -175,6 +178,7 @@ class Plan:
     flops: float
     flops_per_second: float
     warnings: list[str]
+    needs_healing: list[str]
 
     @property
     def memory_bytes(self) -> int:
@@ -219,7 +223,9 @@ def plan(
     Raises:
         OptionError: the options fit no rank of this model.
         ExportError: the profile cannot express the model.
+        UnsupportedModelError: the form cannot.
     """
+    check_form(facts, config.form)
     if config.profile is not None:
         check_profile(facts, config.profile)
     candidates = resolve_dims(facts, config, form=config.form, method=config.method)
@@ -261,6 +267,7 @@ def plan(
         flops=_flops(facts, tokens, length, gamma_length, is_self=config.calibration == "self"),
         flops_per_second=flops_per_second or ASSUMED_FLOPS[kind],
         warnings=_warnings(facts, tokens, gamma_length),
+        needs_healing=needs_healing(facts, config.form),
     )
 
 
@@ -284,8 +291,10 @@ def _mlp_parameters(facts: ModelFacts, layer_idx: int, *, only_used: bool = Fals
 def _attention_parameters(facts: ModelFacts, form: Form | None = None, dims: Dims | None = None) -> int:
     width, heads = facts.hidden_size, facts.num_attention_heads
     out = heads * facts.head_dim * width
+    # QK-norm's weights stay where its norms do.
+    norms = {None: 0, "head": 2, "full": heads + facts.num_key_value_heads}[facts.qk_norm] * facts.head_dim
     if form is None or dims is None:
-        return 2 * out + facts.cached_values * width
+        return 2 * out + facts.cached_values * width + norms
     rank, rope = dims
     # Decoupled keys keep all H dimensions beside the RoPE key, and stock classes expand the latent for every
     # head.
@@ -294,7 +303,8 @@ def _attention_parameters(facts: ModelFacts, form: Form | None = None, dims: Dim
     ]
     up_heads = heads if form == "decoupled" else facts.num_key_value_heads
     query = heads * (nope + rope) * width
-    return query + cached_values(facts, form, dims) * width + up_heads * (nope + facts.head_dim) * rank + out
+    latent = cached_values(facts, form, dims) * width + up_heads * (nope + facts.head_dim) * rank
+    return query + latent + out + (norms if form == "exact-rope" else 0)
 
 
 def _attention_bytes(facts: ModelFacts, length: int) -> int:
@@ -313,10 +323,17 @@ def _activation_bytes(facts: ModelFacts, tokens: int) -> int:
 
 
 def _statistics_bytes(facts: ModelFacts) -> int:
-    """One layer's sums in float64: covariances, means, query energies, gamma, and two Fisher matrices."""
+    """One layer's sums in float64: covariances, means, query energies, gamma, Fisher matrices, QK-norm's."""
     frequencies = facts.num_attention_heads * facts.head_dim // 2
     values = 4 * facts.hidden_size**2 + 2 * facts.hidden_size + 4 * frequencies + 2 * facts.cached_values**2
+    if facts.qk_norm == "head":
+        values += facts.hidden_size**2 + (facts.hidden_size + 1) * _qk_rows(facts)
     return 8 * values
+
+
+def _qk_rows(facts: ModelFacts) -> int:
+    """Rows of queries and keys together."""
+    return (facts.num_attention_heads + facts.num_key_value_heads) * facts.head_dim
 
 
 def _memory(facts: ModelFacts, layer_inputs_bytes: int, length: int, gamma_length: int) -> dict[str, int]:
@@ -366,7 +383,10 @@ def _flops(facts: ModelFacts, tokens: int, length: int, gamma_length: int, *, is
     # Forward sweep, and recomputation with the gradients of activations in the backward sweep.
     sweeps = 3 * forward(length) + 2 * head + forward(gamma_length)
     sampling = forward(length) + head if is_self else 0.0
-    sums = 2.0 * tokens * (facts.hidden_size**2 + 2 * facts.cached_values**2) * facts.num_hidden_layers
+    products = facts.hidden_size**2 + 2 * facts.cached_values**2
+    if facts.qk_norm == "head":
+        products += facts.hidden_size * (facts.hidden_size + _qk_rows(facts))
+    sums = 2.0 * tokens * products * facts.num_hidden_layers
     rows = facts.cached_values
     # An eigendecomposition takes about 9 n^3 multiply-adds; the products around it take rows * D * (rows +
     # D).

@@ -91,6 +91,20 @@ def test_the_table_shows_every_row(compared: Done) -> None:
     assert {(row["method"], row["form"]) for row in compared.json["rows"]} <= set(shown)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+def test_models_with_qk_norm(family: str, tmp_path: Path) -> None:
+    done = care(make_input(tmp_path, family=family), *COMPARE)
+    assert done.code == 0, done.err
+    possible = METHODS if family == "qwen3" else {"exact-rope": METHODS["exact-rope"]}
+    assert [(row["method"], row["form"]) for row in done.json["rows"]] == [
+        (method, form) for form, methods in possible.items() for method in methods
+    ]
+    assert all(math.isfinite(row["kl"]) and row["kl"] > 0 for row in done.json["rows"])
+    told = "need healing: the QK-norm" if family == "qwen3" else "is left out: its QK-norm"
+    for form in ("decoupled", "partial-rope"):
+        assert any(f"--form {form}" in text and told in text for text in done.json["warnings"])
+
+
 def test_filters_and_the_same_numbers_again(folder: Path, compared: Done) -> None:
     done = care(folder, *COMPARE, "--methods", "fisher,svd,care-e", "--form", "exact-rope")
     assert done.code == 0, done.err

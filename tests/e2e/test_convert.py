@@ -42,7 +42,8 @@ def test_result_of_a_conversion(converted: Conversion) -> None:
     body = converted.done.json
     assert set(body) == HEAD | {
         *("cached_values", "kv_lora_rank", "qk_rope_head_dim", "freqfold", "form", "method", "allocation"),
-        *("profile", "held_out_kl", "output", "stages", "peak_memory_bytes", "export", "layers", "verify"),
+        *("profile", "held_out_kl", "needs_healing", "output", "stages", "peak_memory_bytes", "export"),
+        *("layers", "verify"),
     }
     assert body["format"] == "care-mla/convert/1"
     assert body["cached_values"] == {"original": 64, "converted": 32}
@@ -55,6 +56,7 @@ def test_result_of_a_conversion(converted: Conversion) -> None:
     assert set(body["verify"]) == VERDICT
     assert body["verify"]["passed"] is True
     assert body["held_out_kl"] > 0
+    assert body["needs_healing"] == []
 
 
 def test_layers_of_a_conversion(converted: Conversion) -> None:

@@ -38,6 +38,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"family": "mixtral"},
     "phi3-partial": {"family": "phi3", "rope": PARTIAL},
 }
+NORMED: dict[str, dict[str, Any]] = {
+    "qwen3": {"family": "qwen3", "attention_bias": True},
+    "olmo2": {"family": "olmo2", "rope": "llama3", "tied": False},
+}
 ONE_KEY_HEAD: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 1},
     "qwen2": {"family": "qwen2", "kv_heads": 1},
@@ -93,6 +97,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return calibrated(tmp_path_factory.mktemp("full"), **MODELS[request.param])
 
 
+@pytest.fixture(scope="module", params=NORMED)
+def normed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+    return calibrated(tmp_path_factory.mktemp("normed"), **NORMED[request.param])
+
+
 @pytest.fixture(scope="module", params=ONE_KEY_HEAD)
 def one_key_head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     return calibrated(tmp_path_factory.mktemp("one"), **ONE_KEY_HEAD[request.param])
@@ -103,6 +112,11 @@ def test_exact_rope_at_full_rank_is_the_original(method: str, model: Calibrated)
     tokens_BL = token_ids()
     original_BLS = Reference(model.source, None).logits(tokens_BL)
     assert relative_error(logits(model, "exact-rope", method, tokens_BL), original_BLS) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS["exact-rope"])
+def test_exact_rope_keeps_qk_norm(method: str, normed: Calibrated) -> None:
+    test_exact_rope_at_full_rank_is_the_original(method, normed)
 
 
 # X-EcoMLA's start pairs other rows than the source's RoPE does, so healing has to come after it at any rank.
@@ -131,7 +145,15 @@ def test_the_measure_finds_no_divergence_at_full_rank(model: Calibrated) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("form", "options"), [("exact-rope", {}), ("decoupled", {"kv_heads": 1})])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("exact-rope", {}),
+        ("exact-rope", {"family": "qwen3"}),
+        ("exact-rope", {"family": "olmo2"}),
+        ("decoupled", {"kv_heads": 1}),
+    ],
+)
 def test_written_at_full_rank_is_the_original(form: Form, options: dict[str, Any], tmp_path: Path) -> None:
     pico_model(tmp_path / "model", **options)
     (tmp_path / "text.txt").write_text(pico_text(5000))

@@ -78,7 +78,7 @@ def test_inspect_needs_no_weights(
 def test_inspect_names_what_blocks_and_exits_with_2(
     config_only: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change(config_only, architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+    change(config_only, architectures=["Olmo3ForCausalLM"], model_type="olmo3")
     result = tmp_path / "result.json"
     assert main(["inspect", str(config_only), "--json", str(result)]) == 2
     captured = capsys.readouterr()

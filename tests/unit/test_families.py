@@ -8,18 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Phi3Config,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from care_mla.errors import UnsupportedModelError
-from care_mla.families import FAMILIES, facts_from_config, rotary_frequencies, weight_names
+from care_mla.families import facts_from_config, rotary_frequencies, weight_names
 
 from pico import CLASSES, LLAMA3_ROPE, pico_model
 
@@ -51,6 +44,10 @@ def read(folder: Path) -> dict[str, Any]:
         ("mistral", {"sliding_window": 64}),
         ("qwen2", {}),
         ("qwen2", {"tied": False}),
+        ("qwen3", {"attention_bias": True}),
+        ("qwen3", {"tied": False}),
+        ("olmo2", {"attention_bias": True}),
+        ("olmo2", {"tied": False}),
     ],
 )
 def test_weight_names_are_those_of_the_transformers_model(tmp_path, family, options):
@@ -90,10 +87,9 @@ def test_rotary_frequencies_of_llama_3_2():
     torch.testing.assert_close(found, LlamaRotaryEmbedding(config).inv_freq, rtol=5e-7, atol=0)
 
 
-@pytest.mark.parametrize("config_class", [LlamaConfig, MistralConfig, MixtralConfig, Phi3Config, Qwen2Config])
-def test_absent_keys_take_the_defaults_of_transformers(config_class):
-    (architecture,) = (f.architecture for f in FAMILIES.values() if f.model_type == config_class.model_type)
-    sparse = {"model_type": config_class.model_type, "architectures": [architecture]}
+@pytest.mark.parametrize(("config_class", "model_class"), CLASSES.values(), ids=CLASSES)
+def test_absent_keys_take_the_defaults_of_transformers(config_class, model_class):
+    sparse = {"model_type": config_class.model_type, "architectures": [model_class.__name__]}
     facts, expected = facts_from_config(sparse), config_class()
     head_dim = expected.hidden_size // expected.num_attention_heads
     for key in LLAMA.keys() - {"architectures"} | {"rms_norm_eps", "tie_word_embeddings"}:
@@ -106,7 +102,7 @@ def test_absent_keys_take_the_defaults_of_transformers(config_class):
         assert facts.num_experts == expected.num_local_experts
         assert facts.num_experts_per_tok == expected.num_experts_per_tok
         assert facts.sparse_layers == set(range(expected.num_hidden_layers))
-    assert facts.sliding_window == expected.sliding_window if config_class is not LlamaConfig else True
+    assert facts.sliding_window == getattr(expected, "sliding_window", None)
 
 
 def test_the_complete_config_builds_the_same_transformers_config():
@@ -138,11 +134,14 @@ def test_architecture_follows_from_model_type():
     [
         (
             {"architectures": ["WhateverForCausalLM"]},
-            "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM",
+            "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Olmo2ForCausalLM, Phi3ForCausalLM, "
+            "Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ({"architectures": None, "model_type": "whatever"}, "whatever"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "head"),
-        ({"architectures": ["Qwen3ForCausalLM"]}, "QK-norm"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "QK-norm"),
+        ({"architectures": ["Olmo3ForCausalLM"]}, "QK-norm"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "dense"),
         ({"architectures": ["Gemma2ForCausalLM"]}, "soft-cap"),
         ({"architectures": ["GemmaForCausalLM"]}, "norms add one"),
         ({"architectures": ["Gemma3ForCausalLM"]}, "QK-norm.*sliding"),
@@ -181,6 +180,7 @@ def test_what_cannot_be_represented_is_refused_by_name(change, named):
         facts_from_config(LLAMA | change)
 
 
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -188,8 +188,8 @@ def test_what_cannot_be_represented_is_refused_by_name(change, named):
         {"layer_types": ["full_attention", "sliding_attention"]},
     ],
 )
-def test_windowed_qwen2_is_refused(change):
-    qwen2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+def test_windowed_qwen_is_refused(change, architecture):
+    qwen2 = LLAMA | {"architectures": [architecture], "model_type": "qwen"}
     with pytest.raises(UnsupportedModelError, match="sliding"):
         facts_from_config(qwen2 | change)
     # Switched on, but from a layer on that this model does not have.

@@ -27,6 +27,7 @@ from care_mla.mla.mapping import (
 )
 from latent_models import (
     FORMS,
+    NORMED_SOURCES,
     SOURCES,
     D,
     G,
@@ -43,11 +44,19 @@ from latent_models import (
 
 from pico import pico_model
 
+EPS = 1e-5  # of the pico models
+
 
 @pytest.fixture(scope="module", params=SOURCES)
 def source(request, tmp_path_factory) -> PreTrainedModel:
     folder = tmp_path_factory.mktemp("source") / "model"
     return load(pico_model(folder, tokenizer=False, **SOURCES[request.param]))
+
+
+@pytest.fixture(scope="module", params=NORMED_SOURCES)
+def normed_source(request, tmp_path_factory) -> PreTrainedModel:
+    folder = tmp_path_factory.mktemp("source") / "model"
+    return load(pico_model(folder, tokenizer=False, **NORMED_SOURCES[request.param]))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +81,24 @@ def slow_attention(layer: LatentLayer, x_LD: Tensor, positions: list[int]) -> Te
     def add(vector: Tensor, bias: Tensor | None, head: int) -> Tensor:
         return vector if bias is None else vector + bias[head]
 
+    def normed(vectors: list[Tensor], weight_XH: Tensor | None) -> list[Tensor]:
+        """All heads of one token: each by itself with one row of weights, together with a row for each."""
+        if weight_XH is None:
+            return vectors
+        if len(weight_XH) == 1:
+            return [weight_XH[0] * v / (v @ v / H + EPS).sqrt() for v in vectors]
+        square = sum(v @ v for v in vectors) / (len(vectors) * H)
+        return [weight * v / (square + EPS).sqrt() for weight, v in zip(weight_XH, vectors, strict=True)]
+
+    def all_keys(x: Tensor) -> list[Tensor]:
+        latent = layer.down_RD @ x
+        keys = [add(layer.up_k_GMR[g] @ latent, layer.k_bias_GM, g) for g in range(G)]
+        return normed(keys, layer.k_norm_XH)
+
+    def all_queries(x: Tensor) -> list[Tensor]:
+        queries = [add(layer.q_rope_NPD[n] @ x, layer.q_rope_bias_NP, n) for n in range(N)]
+        return normed(queries, layer.q_norm_XH)
+
     out = torch.zeros(len(x_LD), N, H, dtype=torch.float64)
     for n in range(N):
         g = n * G // N
@@ -79,7 +106,7 @@ def slow_attention(layer: LatentLayer, x_LD: Tensor, positions: list[int]) -> Te
         keys, values = [], []
         for s, x in zip(positions, x_LD, strict=True):
             latent = layer.down_RD @ x
-            key = add(layer.up_k_GMR[g] @ latent, layer.k_bias_GM, g)
+            key = all_keys(x)[g]
             if layer.k_rope_JPD is None:
                 key = turn(key, table, s)
             else:
@@ -88,7 +115,7 @@ def slow_attention(layer: LatentLayer, x_LD: Tensor, positions: list[int]) -> Te
             keys.append(key)
             values.append(add(layer.up_v_GHR[g] @ latent, layer.v_bias_GH, g))
         for t, (position, x) in enumerate(zip(positions, x_LD, strict=True)):
-            query = turn(add(layer.q_rope_NPD[n] @ x, layer.q_rope_bias_NP, n), table, position)
+            query = turn(all_queries(x)[n], table, position)
             if layer.q_nope_NMD is not None:
                 query = torch.cat((add(layer.q_nope_NMD[n] @ x, layer.q_nope_bias_NM, n), query))
             scores = torch.stack([query @ key for key in keys[: t + 1]]) / H**0.5
@@ -128,6 +155,24 @@ def test_full_rank_is_the_source(source, ids, build, attn_implementation):
     expected = source(ids).logits
     assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
     assert_close(token_by_token(model, ids, prefill=5)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_full_rank_with_qk_norm_is_the_source(normed_source, ids, attn_implementation):
+    test_full_rank_is_the_source(normed_source, ids, exact_layer, attn_implementation)
+
+
+@torch.no_grad()
+def test_full_rank_with_qk_norm_generates_the_sources_text(normed_source, ids):
+    model = converted(normed_source, [exact_layer(normed_source, i) for i in range(2)])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
+    assert torch.equal(model.generate(ids, **options), normed_source.generate(ids, **options))
+
+
+@torch.no_grad()
+def test_module_with_qk_norm_stands_in_for_the_sources_attention(normed_source, ids):
+    test_module_stands_in_for_the_sources_attention(normed_source, ids, exact_layer)
 
 
 @torch.no_grad()
@@ -342,8 +387,8 @@ def test_backends_that_cannot_run_are_refused(llama):
 def test_what_cannot_be_expressed_is_refused_by_name(llama):
     facts = facts_of(llama)
     dims = [LatentDims.of(random_layer("decoupled", 8, 0))] * 2
-    with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM"):
-        latent_config(replace(facts, architecture="Qwen3ForCausalLM"), dims)
+    with pytest.raises(UnsupportedModelError, match="Gemma2ForCausalLM"):
+        latent_config(replace(facts, architecture="Gemma2ForCausalLM"), dims)
     config = latent_config(facts, dims).to_dict()
     with pytest.raises(ValueError, match="latent_form is 'rotated'"):
         type(latent_config(facts, dims)).from_dict(config | {"latent_form": "rotated"})

@@ -194,12 +194,13 @@ def test_spool_stays_within_its_budget_and_covers_all_tokens() -> None:
         spool(facts, tokens=65536, sequence_length=2048, max_spool_gib=5)
 
 
-def test_parameters_equal_those_of_the_model_that_transformers_builds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2"])
+def test_parameters_equal_those_of_the_model_that_transformers_builds(tmp_path: Path, family: str) -> None:
     import json
 
     from safetensors import safe_open
 
-    folder = pico_model(tmp_path / "pico", tied=False)
+    folder = pico_model(tmp_path / "pico", family, tied=False)
     facts = facts_from_config(json.loads((folder / "config.json").read_text()))
     with safe_open(folder / "model.safetensors", "pt") as file:
         count = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118

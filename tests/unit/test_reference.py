@@ -15,7 +15,7 @@ from care_mla.checkpoint.source import Source
 from care_mla.errors import UnsupportedModelError
 from care_mla.mla.reference import Reference
 from export_cases import decoupled_layer, relative_error, token_ids
-from latent_models import converted, exact_layer, load, partial_layer, random_layer
+from latent_models import FORMS, converted, exact_layer, load, partial_layer, random_layer
 
 from pico import pico_model
 
@@ -33,7 +33,12 @@ SOURCES: dict[str, dict[str, Any]] = {
         "rope": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
     },
     "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "attention_bias": True},
+    "olmo2": {"family": "olmo2", "tied": False},
 }  # fmt: skip
+
+
+WITHOUT_QK_NORM = ("llama-biases-untied-llama3", "mistral-window", "qwen2")
 
 
 @pytest.fixture(params=SOURCES)
@@ -71,8 +76,8 @@ def test_greedy_is_the_stock_models(source: Source) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["exact-rope", "decoupled", "partial-rope"])
-@pytest.mark.parametrize("name", ["llama", "llama-biases-untied-llama3", "mistral-window", "qwen2"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["llama", "llama-biases-untied-llama3", "mistral-window", "qwen2", "olmo2"])
 def test_latent_layers_are_our_own_class(form: str, name: str, tmp_path) -> None:
     source = open_source(str(pico_model(tmp_path / "source", tokenizer=False, **SOURCES[name])))
     layers = [random_layer(form, 20, 0), random_layer(form, 12, 1)]
@@ -83,8 +88,14 @@ def test_latent_layers_are_our_own_class(form: str, name: str, tmp_path) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("full_rank", [exact_layer, partial_layer])
-@pytest.mark.parametrize("name", ["llama-biases-untied-llama3", "mistral-window", "qwen2"])
+@pytest.mark.parametrize(
+    ("full_rank", "name"),
+    [
+        *((build, name) for build in (exact_layer, partial_layer) for name in WITHOUT_QK_NORM),
+        (exact_layer, "qwen3"),
+        (exact_layer, "olmo2"),
+    ],
+)
 def test_full_rank_is_the_original(full_rank, name: str, tmp_path) -> None:
     source = open_source(str(pico_model(tmp_path / "source", tokenizer=False, **SOURCES[name])))
     model = load(tmp_path / "source")

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from care_mla.calibrate import attention, stream
 from care_mla.calibrate.layers import LayerStack
-from care_mla.calibrate.statistics import LayerSums, RotationSums
+from care_mla.calibrate.statistics import LayerSums, RotationSums, sums_class
 from care_mla.calibrate.stream import collect_rotation, collect_statistics, layer_file
 from care_mla.checkpoint.opening import open_source
 from care_mla.errors import ResumeError
@@ -37,6 +37,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "biases-untied-llama3": {"attention_bias": True, "mlp_bias": True, "tied": False, "rope": "llama3"},
     "qwen2": {"family": "qwen2"},
     "window": {"family": "mistral", "sliding_window": 7},
+    "qwen3": {"family": "qwen3"},
+    "qwen3-biases": {"family": "qwen3", "attention_bias": True, "kv_heads": 1},
+    "olmo2": {"family": "olmo2"},
 }
 
 
@@ -56,8 +59,8 @@ def sweep(stack: LayerStack, folder: Path, *, chunk_blocks: int = 1000) -> None:
     )
 
 
-def load_sums(folder: Path) -> list[LayerSums]:
-    return [LayerSums.load(path) for path in sorted((folder / "statistics").iterdir())]
+def load_sums(folder: Path, kind: type[LayerSums] = LayerSums) -> list[LayerSums]:
+    return [kind.load(path) for path in sorted((folder / "statistics").iterdir())]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -73,8 +76,10 @@ def test_streamed_statistics_are_their_definition(
     monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 24)
     monkeypatch.setattr(stream, "HEAD_ROWS", 17)
     folder = pico_model(tmp_path / "model", **MODELS[name])
-    sweep(open_stack(folder), tmp_path / "work")
-    sums = load_sums(tmp_path / "work")
+    stack = open_stack(folder)
+    sweep(stack, tmp_path / "work")
+    kind = sums_class(stack.source.facts)
+    sums = load_sums(tmp_path / "work", kind)
     slow = SlowModel(folder)
     gammas = slow.gammas(tokens(2, 30, seed=1))
     expected = slow.statistics(tokens(5, 12), gammas, seed=3)
@@ -82,7 +87,7 @@ def test_streamed_statistics_are_their_definition(
         rotation = RotationSums.load(tmp_path / "work" / "rotation" / layer_file(i))
         assert_close(rotation.gamma_NF, gamma_NF, rtol=1e-4, atol=1e-5)
         assert (rotation.length, rotation.tokens) == (30, 60)
-        assert {f.name for f in fields(LayerSums)} == expected[i].keys()
+        assert {f.name for f in fields(kind)} == expected[i].keys()
         for name, value in expected[i].items():
             assert_close(
                 getattr(sums[i], name), value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name
@@ -123,15 +128,17 @@ def test_layers_one_by_one_are_the_stock_model(tmp_path: Path) -> None:
     assert_close(logits_BLS.double(), SlowModel(folder).model(tokens(2, 20)).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_sums_do_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_sums_do_not_depend_on_chunks(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "MICRO_BATCH_TOKENS", 24)
-    stack = open_stack(pico_model(tmp_path / "model"))
+    stack = open_stack(pico_model(tmp_path / "model", family))
+    kind = sums_class(stack.source.facts)
     sweep(stack, tmp_path / "whole")
     for chunk_blocks in (1, 2, 3, 4):
         sweep(stack, tmp_path / f"chunks-{chunk_blocks}", chunk_blocks=chunk_blocks)
-        parts = load_sums(tmp_path / f"chunks-{chunk_blocks}")
-        for a, b in zip(load_sums(tmp_path / "whole"), parts, strict=True):
-            assert all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(LayerSums))
+        parts = load_sums(tmp_path / f"chunks-{chunk_blocks}", kind)
+        for a, b in zip(load_sums(tmp_path / "whole", kind), parts, strict=True):
+            assert all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(kind))
 
 
 def test_spooled_layer_inputs_are_removed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from care_mla.errors import ResumeError
+from care_mla.facts import ModelFacts
 from care_mla.workspace import save_tensors
 
 MARKS = "care-mla"
@@ -91,7 +92,8 @@ class LayerSums(Sums):
     G0 is then nearer to the Fisher information E[(x x^T) x (g g^T)] than with v = 1, where the few tokens
     that all others attend to (an attention sink), alike in x and large in g, decide G0 alone.
     `key_felt_xx_DD` and `value_felt_xx_DD` are sums of |g|^2 x x^T with g the gradient at the token's key or
-    value.
+    value. Of keys that QK-norm normalises, `fisher_exact_OO` and `key_felt_xx_DD` take the gradient before
+    the norm, at what the projection gives.
     """
 
     xx_DD: Tensor
@@ -157,6 +159,65 @@ class LayerSums(Sums):
         for total_DD, grad_BLGH in ((self.key_felt_xx_DD, grad_k_BLGH), (self.value_felt_xx_DD, grad_v_BLGH)):
             felt_T1 = grad_BLGH.flatten(2).square().sum(-1).flatten()[:, None]
             total_DD += x_TD.T @ (felt_T1 * x_TD)
+
+
+@dataclass
+class QkNormSums(LayerSums):
+    """One layer's sums where every head of queries and keys is normalised before RoPE.
+
+    Besides those of `LayerSums`: the sums of normalised queries and keys, by themselves and times the input
+    x, from which the linear maps that come nearest to them follow; and of |g|^2 x x^T with g the gradient at
+    the normalised key.
+    """
+
+    normed_q_x_NHD: Tensor
+    normed_k_x_GHD: Tensor
+    normed_q_NH: Tensor
+    normed_k_GH: Tensor
+    normed_key_felt_xx_DD: Tensor
+
+    @classmethod
+    def zeros(
+        cls, *, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> Self:
+        """Empty sums for a layer of the given dimensions."""
+        plain = LayerSums.zeros(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            device=device,
+        )
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            **{f.name: getattr(plain, f.name) for f in fields(plain)},
+            normed_q_x_NHD=zeros(num_heads, head_dim, hidden_size),
+            normed_k_x_GHD=zeros(num_kv_heads, head_dim, hidden_size),
+            normed_q_NH=zeros(num_heads, head_dim),
+            normed_k_GH=zeros(num_kv_heads, head_dim),
+            normed_key_felt_xx_DD=zeros(hidden_size, hidden_size),
+        )
+
+    def add_normed(self, x_BLD: Tensor, q_BLNH: Tensor, k_BLGH: Tensor, grad_k_BLGH: Tensor) -> None:
+        """Add a micro-batch's normalised queries and keys, and the gradient at the keys; all before RoPE."""
+        x_TD = x_BLD.flatten(0, 1)
+        for total_XHD, total_XH, y_BLXH in (
+            (self.normed_q_x_NHD, self.normed_q_NH, q_BLNH),
+            (self.normed_k_x_GHD, self.normed_k_GH, k_BLGH),
+        ):
+            y_TO = y_BLXH.flatten(0, 1).flatten(1)
+            total_XHD += (y_TO.T @ x_TD).view_as(total_XHD)
+            total_XH += y_TO.sum(0).view_as(total_XH)
+        felt_T1 = grad_k_BLGH.flatten(2).square().sum(-1).flatten()[:, None]
+        self.normed_key_felt_xx_DD += x_TD.T @ (felt_T1 * x_TD)
+
+
+def sums_class(facts: ModelFacts) -> type[LayerSums]:
+    """What is summed up in each layer of a model."""
+    return QkNormSums if facts.qk_norm == "head" else LayerSums
 
 
 @dataclass

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from care_mla.calibrate.attention import OBSERVED, FisherObserver, RotationObserver, Turn, observe
+from care_mla.calibrate.qk_norm import QkNormObserver
 from care_mla.calibrate.sample import draw
-from care_mla.calibrate.statistics import LayerSums, RotationSums, marks
+from care_mla.calibrate.statistics import LayerSums, QkNormSums, RotationSums, marks, sums_class
 from care_mla.families.rope import pair_order
 from care_mla.plan import MICRO_BATCH_TOKENS
 from care_mla.workspace import Workspace, layer_file, save_tensors
@@ -75,8 +76,10 @@ def collect_rotation(stack: LayerStack, tokens_BL: Tensor, workspace: Workspace,
             projection_inputs(layer) as seen,
         ):
             for x_1LD in x_BLD.split(1):
-                x_1LD.copy_(stack.run(layer, x_1LD))
+                output_1LD = stack.run(layer, x_1LD)
+                # Before the output takes its place: in a post-norm model attention is given x itself.
                 sums.add_inputs(seen.pop(), observer.received_BL)
+                x_1LD.copy_(output_1LD)
         # The next layer's input first: with the sums on disk, it must be there.
         save_tensors(spooled(layer_idx + 1), {"x": x_BLD})
         sums.save(workspace.path("rotation", layer_file(layer_idx)))
@@ -219,10 +222,11 @@ class _Chunk:
         return torch.stack(rows).to(self.stack.device)
 
     def _sums(self, layer_idx: int) -> LayerSums:
-        if self.chunk_idx > 0:
-            return LayerSums.load(_sums_path(self.workspace, layer_idx)).to(self.stack.device)
         facts = self.stack.source.facts
-        return LayerSums.zeros(
+        kind = sums_class(facts)
+        if self.chunk_idx > 0:
+            return kind.load(_sums_path(self.workspace, layer_idx)).to(self.stack.device)
+        return kind.zeros(
             hidden_size=facts.hidden_size,
             num_heads=facts.num_attention_heads,
             num_kv_heads=facts.num_key_value_heads,
@@ -255,22 +259,27 @@ def _backward_step(
 ) -> Tensor:
     """One micro-batch through one layer and back; returns the gradient at the layer's input."""
     x_BLD = x_BLD.detach().requires_grad_()
-    # The layer's output is the next one's input, known already: its last product is needed backwards alone.
+    facts = stack.source.facts
+    norms = QkNormObserver(facts.head_dim)
     with (
         torch.enable_grad(),
         observe(layer, observer),
         projection_inputs(layer) as seen,
-        _last_product_only_backward(layer.mlp),
+        nullcontext() if facts.qk_norm is None else norms.watch(layer),
+        _unread_output(layer, is_post_norm=facts.is_post_norm),
     ):
         stack.run(layer, x_BLD).backward(grad_BLD)
-    sums.add(
-        seen.pop(),
-        leverage_DD,
-        observer.q_energy_NF,
-        observer.grad_k_BLGH,
-        observer.grad_nope_BLGH,
-        observer.grad_v_BLGH,
-    )
+        seen_BLD = seen.pop()
+        sums.add(
+            seen_BLD,
+            leverage_DD,
+            observer.q_energy_NF,
+            observer.grad_k_BLGH if facts.qk_norm is None else norms.grad_projected_k_BLGH,
+            observer.grad_nope_BLGH,
+            observer.grad_v_BLGH,
+        )
+        if isinstance(sums, QkNormSums):
+            sums.add_normed(seen_BLD, norms.q_BLNH, norms.k_BLGH, observer.grad_k_BLGH)
     assert x_BLD.grad is not None
     return x_BLD.grad
 
@@ -314,9 +323,12 @@ def only_backward(linear: nn.Module) -> Iterator[None]:
         del linear.forward
 
 
-def _last_product_only_backward(mlp: nn.Module) -> AbstractContextManager[None]:
-    """`only_backward` for the last product of a dense MLP; experts run as they are."""
-    down = getattr(mlp, "down_proj", None)
+def _unread_output(layer: Any, *, is_post_norm: bool) -> AbstractContextManager[None]:
+    """The layer's output is the next one's input, known already: its last product is needed backwards alone.
+
+    Where a norm comes after it, the norm's gradient needs it; experts run as they are.
+    """
+    down = None if is_post_norm else getattr(layer.mlp, "down_proj", None)
     return nullcontext() if down is None else only_backward(down)
 
 

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, get_args
 
 from care_mla import console
 from care_mla.budget import cached_values, resolve_dims
 from care_mla.cli.options import parse
 from care_mla.cli.result import finish
-from care_mla.configs import InspectConfig, PlanConfig, Profile
+from care_mla.configs import Form, InspectConfig, PlanConfig, Profile
 from care_mla.errors import OptionError, UnsupportedModelError
 from care_mla.facts import ModelFacts
+from care_mla.forms import form_blocker, needs_healing
 from care_mla.plan import profile_blocker
 
 BUDGETS = (1.0, 0.5, 0.25, 0.125)
@@ -66,24 +67,44 @@ def describe(facts: ModelFacts) -> dict[str, Any]:
         "biases": [
             name for name in ("q_bias", "k_bias", "v_bias", "o_bias", "mlp_bias") if getattr(facts, name)
         ],
+        "qk_norm": facts.qk_norm,
         "dtype": facts.dtype,
         "cached_values": facts.cached_values,
         "ranks": [row for budget in BUDGETS for row in _ranks(facts, budget)],
+        "forms": [_form(facts, form) for form in get_args(Form)],
         "profiles": [_profile(facts, profile, engine) for profile, engine in PROFILES],
     }
 
 
 def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
-    """Possible (R, P) of the decoupled form at one budget; none where it is too small."""
-    options = PlanConfig(model="", budget=budget)
+    """Possible (R, P) at one budget; none where it is too small.
+
+    Of the decoupled form, or of exact-rope where that one is impossible.
+    """
+    form: Form = "decoupled" if form_blocker(facts, "decoupled") is None else "exact-rope"
+    options = PlanConfig(model="", budget=budget, form=form)
     try:
-        candidates = resolve_dims(facts, options, form="decoupled", method=options.method)
+        candidates = resolve_dims(facts, options, form=form, method=options.method)
     except OptionError:
         return []
     return [
-        {**dims._asdict(), "budget": budget, "cached_values": cached_values(facts, "decoupled", dims)}
+        {**dims._asdict(), "form": form, "budget": budget, "cached_values": cached_values(facts, form, dims)}
         for dims in candidates
     ]
+
+
+def _form(facts: ModelFacts, form: Form) -> dict[str, Any]:
+    blocker = form_blocker(facts, form)
+    reasons = [] if blocker else needs_healing(facts, form)
+    return {"form": form, "possible": blocker is None, "blocked_by": blocker, "needs_healing": reasons}
+
+
+def _form_answer(row: dict[str, Any]) -> str:
+    if not row["possible"]:
+        return f"no: {row['blocked_by']}"
+    if row["needs_healing"]:
+        return f"approximate, needs healing: {'; '.join(row['needs_healing'])}"
+    return "yes, exact but for the rank" if row["form"] == "exact-rope" else "yes"
 
 
 def _profile(facts: ModelFacts, profile: Profile, engine: str) -> dict[str, Any]:
@@ -106,6 +127,7 @@ def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
             f"{facts.num_experts}, {facts.num_experts_per_tok} per token" if facts.num_experts else None,
         ],
         ["biases", biases],
+        ["QK-norm", {"head": "over each head", "full": "over all heads", None: "none"}[facts.qk_norm]],
         ["stored as", facts.dtype],
         ["cached values per token and layer", facts.cached_values],
         ["cache, bytes per token (16 bit)", 2 * facts.num_hidden_layers * facts.cached_values],
@@ -116,7 +138,9 @@ def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
         for row in body["ranks"]
     ]
     columns = ["--budget", "kv_lora_rank", "qk_rope_head_dim", "cached values"]
-    terminal.table("Possible sizes of an MLA cache (--form decoupled)", columns, ranks)
+    form = next((row["form"] for row in body["ranks"]), "decoupled")
+    terminal.table(f"Possible sizes of an MLA cache (--form {form})", columns, ranks)
+    terminal.table("Forms", ["form", "possible"], [[row["form"], _form_answer(row)] for row in body["forms"]])
     profiles = [
         [f"{row['profile']} in {row['engine']}", "yes" if row["possible"] else f"no: {row['blocked_by']}"]
         for row in body["profiles"]

@@ -24,6 +24,8 @@ def run(arguments: list[str]) -> int:
     )
     for warning in result.warnings:
         console.current().warn(warning)
+    for reason in result.needs_healing:
+        console.current().warn(f"needs healing: --form {config.form} is approximate, since {reason}")
     _print(config.model, result, device, memory_bytes)
     finish(config, "plan", start, {"model": config.model, "device": device} | result.as_json())
     return 0

@@ -121,7 +121,7 @@ def separate_latents(inputs: LayerInputs, factorize: Callable[[Tensor], Factor])
 
 
 def exact_rope_layer(inputs: LayerInputs, down_RD: Tensor, up_k_OR: Tensor, up_v_OR: Tensor) -> LatentLayer:
-    """The exact-rope layer of a joint or block latent; queries and biases are the source's own."""
+    """The exact-rope layer of a joint or block latent; queries, biases and QK-norm are the source's own."""
     heads = (inputs.num_kv_heads, inputs.head_dim)
     return LatentLayer(
         form="exact-rope",
@@ -133,6 +133,8 @@ def exact_rope_layer(inputs: LayerInputs, down_RD: Tensor, up_k_OR: Tensor, up_v
         q_rope_bias_NP=inputs.b_q_NH,
         k_bias_GM=inputs.b_k_GH,
         v_bias_GH=inputs.b_v_GH,
+        q_norm_XH=None if inputs.qk_norm is None else inputs.qk_norm.q_norm_XH,
+        k_norm_XH=None if inputs.qk_norm is None else inputs.qk_norm.k_norm_XH,
     )
 
 

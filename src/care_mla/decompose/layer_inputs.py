@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from care_mla.calibrate.statistics import LayerSums, RotationSums
+from care_mla.calibrate.statistics import LayerSums, QkNormSums, RotationSums, sums_class
+from care_mla.decompose.qk_norm import AffineMap, LayerQkNorm, NormedMoments, nearest_map
 from care_mla.factors import LatentLayer
 from care_mla.families.rope import pair_order
 from care_mla.workspace import Workspace, layer_file
@@ -38,6 +40,9 @@ class LayerInputs:
     Where RoPE passes `passed_dim` rows of each head, queries and keys have their rows in `pair_order`: all of
     the head is half-split pairs, and the pairs that RoPE passes come last, with an angle of 0. They never
     join a rope key.
+    Where the source has QK-norm, `qk_norm` holds it. Projections then are those before the norm, and so are
+    the gradients at keys in `felt_c_DD` and `fisher_exact_OO`; queries and keys in `q_energy_NF`, `gamma_NF`
+    and `fisher_nope_OO` are normalised. `without_qk_norm` is the layer for forms that cannot keep a norm.
     """
 
     layer_idx: int
@@ -59,6 +64,7 @@ class LayerInputs:
     damping: float
     fisher_damping: float
     passed_dim: int = 0
+    qk_norm: LayerQkNorm | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -81,6 +87,34 @@ class LayerInputs:
     def damped_c_DD(self) -> Tensor:
         """C + damping * mean(diag C) * I: every method uses this one, so that they differ in nothing else."""
         return damp(self.c_DD, self.damping)
+
+    @cached_property
+    def without_qk_norm(self) -> LayerInputs:
+        """The layer with the linear maps that come nearest to its normalised queries and keys.
+
+        Without QK-norm, the layer itself.
+        """
+        if self.qk_norm is None:
+            return self
+        moments = self.qk_norm.moments
+        assert moments is not None, "a norm over all heads at once has no linear map: check_form refuses it"
+        given = {"c_DD": self.c_DD, "damped_c_DD": self.damped_c_DD, "mean_D": self.mean_D}
+        query, key = (
+            nearest_map(AffineMap(w_XHD, b_XH), norm_XH, y_x_XHD, y_XH, **given)
+            for w_XHD, b_XH, norm_XH, y_x_XHD, y_XH in (
+                (self.w_q_NHD, self.b_q_NH, self.qk_norm.q_norm_XH, moments.q_x_NHD, moments.q_NH),
+                (self.w_k_GHD, self.b_k_GH, self.qk_norm.k_norm_XH, moments.k_x_GHD, moments.k_GH),
+            )
+        )
+        return replace(
+            self,
+            w_q_NHD=query.w_XHD,
+            w_k_GHD=key.w_XHD,
+            b_q_NH=query.b_XH,
+            b_k_GH=key.b_XH,
+            felt_c_DD=moments.felt_c_DD,
+            qk_norm=None,
+        )
 
     def key_moment(self) -> Tensor:
         """E[k k^T] of the keys before RoPE over all KV heads, bias included: (G*H, G*H)."""
@@ -140,8 +174,9 @@ def layer_inputs(
         assert weight is not None, name
         return weight
 
-    def scaled(xx_DD: Tensor) -> Tensor:
-        return xx_DD * (c_DD.trace() / xx_DD.trace())
+    def felt(key_felt_xx_DD: Tensor) -> Tensor:
+        keys_DD, values_DD = key_felt_xx_DD, sums.value_felt_xx_DD
+        return (keys_DD / keys_DD.trace() + values_DD / values_DD.trace()) * (c_DD.trace() / 2)
 
     def ordered(x_NH: Tensor | None) -> Tensor | None:
         return None if x_NH is None else x_NH[:, order]
@@ -159,7 +194,7 @@ def layer_inputs(
         b_k_GH=ordered(heads("k_proj.bias", num_kv_heads)),
         b_v_GH=heads("v_proj.bias", num_kv_heads),
         c_DD=c_DD,
-        felt_c_DD=(scaled(sums.key_felt_xx_DD) + scaled(sums.value_felt_xx_DD)) / 2,
+        felt_c_DD=felt(sums.key_felt_xx_DD),
         mean_D=sums.x_D / sums.tokens,
         mean_abs_D=sums.abs_x_D / sums.tokens,
         q_energy_NF=sums.q_energy_NF / sums.tokens,
@@ -170,7 +205,29 @@ def layer_inputs(
         damping=damping,
         fisher_damping=fisher_damping,
         passed_dim=facts.head_dim - facts.rotary_dim,
+        qk_norm=_qk_norm(source, prefix, sums, felt),
     )
+
+
+def _qk_norm(
+    source: Source, prefix: str, sums: LayerSums, felt: Callable[[Tensor], Tensor]
+) -> LayerQkNorm | None:
+    if source.facts.qk_norm is None:
+        return None
+    q_norm_XH, k_norm_XH = (
+        source.tensor(f"{prefix}{name}.weight").to(sums.tokens).unflatten(0, (-1, source.facts.head_dim))
+        for name in ("q_norm", "k_norm")
+    )
+    moments = None
+    if isinstance(sums, QkNormSums):
+        moments = NormedMoments(
+            q_x_NHD=sums.normed_q_x_NHD / sums.tokens,
+            k_x_GHD=sums.normed_k_x_GHD / sums.tokens,
+            q_NH=sums.normed_q_NH / sums.tokens,
+            k_GH=sums.normed_k_GH / sums.tokens,
+            felt_c_DD=felt(sums.normed_key_felt_xx_DD),
+        )
+    return LayerQkNorm(q_norm_XH=q_norm_XH, k_norm_XH=k_norm_XH, moments=moments)
 
 
 class CalibratedLayers:
@@ -205,7 +262,8 @@ class CalibratedLayers:
 
     def __getitem__(self, layer_idx: int) -> LayerInputs:
         if self._kept is None or self._kept[0] != layer_idx:
-            sums = LayerSums.load(self._workspace.path("statistics", layer_file(layer_idx)))
+            path = self._workspace.path("statistics", layer_file(layer_idx))
+            sums = sums_class(self._source.facts).load(path)
             self._kept = (
                 layer_idx,
                 layer_inputs(

@@ -97,11 +97,15 @@ def _freqfolds(facts: ModelFacts, dims: Dims, form: Form, method: str) -> list[i
 
 
 def method_function(variant: Variant) -> Callable[[LayerInputs], Decomposition]:
-    """The function that factors one layer as the variant says."""
+    """The function that factors one layer as the variant says.
+
+    Only the exact-rope form keeps QK-norm; the others factor the linear maps that come nearest.
+    """
     if variant.form == "exact-rope":
         return EXACT_ROPE[variant.method]
     function = ROPE_KEYS[variant.form][variant.method]
     arguments: dict[str, Any] = {"qk_rope_head_dim": variant.qk_rope_head_dim}
     if variant.freqfold is not None:
         arguments["freqfold"] = variant.freqfold
-    return partial(function, **arguments)
+    factor = partial(function, **arguments)
+    return lambda inputs: factor(inputs.without_qk_norm)

@@ -16,12 +16,14 @@ from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.run import calibrate
 from care_mla.checkpoint.finite import require_finite
 from care_mla.checkpoint.opening import open_source
-from care_mla.configs import CompareConfig
+from care_mla.configs import CompareConfig, Form
 from care_mla.decompose.layer_inputs import CalibratedLayers
 from care_mla.decompose.methods import variants
 from care_mla.device import pick_device
 from care_mla.evaluate.perplexity import token_blocks
 from care_mla.factors import LatentLayer
+from care_mla.facts import ModelFacts
+from care_mla.forms import check_form, form_blocker, needs_healing
 from care_mla.mla.choose import Choice, candidates, choose
 from care_mla.mla.divergence import measure
 from care_mla.workspace import Workspace
@@ -41,7 +43,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     terminal.silence_transformers()
     source = open_source(config.model, trust_remote_code=config.trust_remote_code)
     facts = source.facts
-    wanted = [variants(facts, config, form=form, method=method) for method, form in config.method_forms()]
+    wanted = [
+        variants(facts, config, form=form, method=method)
+        for method, form in _possible(facts, config, console)
+    ]
     source.check()
     device = pick_device(config.device)
     tokens_BL = None
@@ -100,6 +105,24 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             "seed": config.seed,
         },
     }
+
+
+def _possible(facts: ModelFacts, config: CompareConfig, console: terminal.Console) -> list[tuple[str, Form]]:
+    """What was asked for, less the forms that the model has no conversion to; those are named.
+
+    Raises:
+        UnsupportedModelError: nothing is left.
+    """
+    asked = config.method_forms()
+    possible = [(method, form) for method, form in asked if form_blocker(facts, form) is None]
+    if not possible:
+        check_form(facts, asked[0][1])
+    for form in dict.fromkeys(form for _, form in asked):
+        if (blocker := form_blocker(facts, form)) is not None:
+            console.warn(f"--form {form} is left out: {blocker}")
+        elif reasons := needs_healing(facts, form):
+            console.warn(f"rows of --form {form} need healing: {'; '.join(reasons)}")
+    return possible
 
 
 def _leader(choice: Choice, groups: Sequence[Sequence[Choice]]) -> str | None:

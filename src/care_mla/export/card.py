@@ -25,6 +25,7 @@ STOCK_CLASSES: dict[Profile | ExportProfile, str] = {
     "mistral4": "Mistral4ForCausalLM",
     "vllm": "DeepseekV3ForCausalLM",
 }
+NEEDS_HEALING = "needs healing"
 TAGS = ["mla", "multi-head-latent-attention", "kv-cache", "care"]
 
 
@@ -40,6 +41,7 @@ class Card:
         kv_lora_rank: one number, or one per layer.
         cached_values: per token and layer, of the original and of the converted model.
         kl_held_out: mean KL(original || converted), nats per token, on held-out calibration text.
+        needs_healing: what the conversion approximates besides its form and rank (forms.needs_healing).
         perplexity: on the same text, of the original and of the converted model.
         verify: what `care verify` found, if it ran.
         recipe: from `recipe_text`.
@@ -59,6 +61,7 @@ class Card:
     qk_rope_head_dim: int
     cached_values: tuple[float, float]
     kl_held_out: float | None = None
+    needs_healing: Sequence[str] = field(default_factory=tuple)
     perplexity: tuple[float, float] | None = None
     verify: Mapping[str, Any] | None = None
     recipe: str
@@ -87,6 +90,7 @@ def card_text(card: Card) -> str:
         _front_matter(card),
         f"# {card.name}",
         _summary(card),
+        _healing(card),
         _loading(card),
         _figures(card),
         _list("Warnings", card.warnings),
@@ -118,6 +122,23 @@ def _summary(card: Card) -> str:
         f"of {rank} values per token{rope}, {after / before:.0%} of what the original caches. Form "
         f"{card.form}, method {card.method}. All other weights are the original's."
     )
+
+
+def healing_warning(reasons: Sequence[str], kl_held_out: float | None) -> str:
+    """What to tell about a conversion that is approximate: why, how far off it is, and what to do."""
+    assert kl_held_out is not None, "measured wherever something needs healing"
+    return (
+        f"{NEEDS_HEALING}: {'; '.join(reasons)}. KL to the original on held-out text is {kl_held_out:.4g} "
+        "nats per token. Distil from the original before use, or convert with --form exact-rope, which is "
+        "exact but for its rank"
+    )
+
+
+def _healing(card: Card) -> str:
+    if not card.needs_healing:
+        return ""
+    warning = healing_warning(card.needs_healing, card.kl_held_out)
+    return f"**This model {warning}.**"
 
 
 def _loading(card: Card) -> str:

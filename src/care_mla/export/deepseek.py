@@ -44,6 +44,8 @@ KEPT = re.compile(
     r"mlp\.experts\.\d+\.(gate|up|down)_proj)\.weight"
 )
 REPLACED = re.compile(r"model\.layers\.\d+\.self_attn\.[qkvo]_proj\.(weight|bias)")
+# A decoupled layer has linear maps in place of projections with QK-norm (decompose/qk_norm.py).
+QK_NORMS = re.compile(r"model\.layers\.\d+\.self_attn\.[qk]_norm\.weight")
 
 
 def check_deepseek(
@@ -178,6 +180,7 @@ def attention_tensors(
     """
     layer = layer.to(dtype=torch.float64)
     assert layer.k_rope_JPD is not None
+    assert layer.q_norm_XH is None and layer.k_norm_XH is None, "no norm in a decoupled layer"  # noqa: PT018
     assert len(layer.k_rope_JPD) == 1
     norm = latent_norm(layer.down_RD, input_norm_D)
     up_GKR = torch.cat((layer.up_k_GMR, layer.up_v_GHR), dim=1) * norm.up_scale
@@ -333,7 +336,8 @@ def _checked_dims(
         check_deepseek(facts, layer.form, dtype=dtype, ranks=ranks, profile=profile, engine=engine)
         check_layer(facts, layer, layer_idx)
     names = set(source.headers) - set(source.ignored())
-    if lost := sorted(name for name in names if not KEPT.fullmatch(name) and not REPLACED.fullmatch(name)):
+    places = [KEPT, REPLACED] if facts.qk_norm is None else [KEPT, REPLACED, QK_NORMS]
+    if lost := sorted(name for name in names if not any(place.fullmatch(name) for place in places)):
         raise ExportError(
             f"{source.name}: {', '.join(lost[:3])} has no place in a {profile} checkpoint, and dropping it "
             "would change the model. Nothing was written. Choose --profile care."

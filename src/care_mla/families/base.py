@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from care_mla.facts import ModelFacts
+from care_mla.facts import ModelFacts, QkNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,13 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row of the table in `registry.py`: a pre-norm decoder with gated MLP, RMSNorm and half-split RoPE.
+    """One row of the table in `registry.py`: a decoder with gated MLP, RMSNorm and half-split RoPE.
 
     `defaults` are the values that transformers' configuration class takes for absent keys. `biases` tells
     which projections have one, `blockers` why a configuration cannot be converted (nothing: it can),
     `sliding_window` how far attention reaches back (None: to the start) and `experts` what stands in place of
-    the MLP (None: nothing does). All four receive the configuration with the defaults filled in.
+    the MLP (None: nothing does). All four receive the configuration with the defaults filled in. `qk_norm`
+    and `is_post_norm` are those of `ModelFacts`.
 
     Everywhere else tensors have Llama's names, and experts those of `layer_weight_names`. `fused` maps a
     module in the files, which is one in transformers' class too, to the modules whose rows it holds, in
@@ -57,6 +58,15 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     has_partial_rotary: bool = False
+    qk_norm: QkNorm | None = None
+    is_post_norm: bool = False
+
+
+def block_norms(facts: ModelFacts) -> tuple[str, str]:
+    """Names of a layer's norm for its attention, and of that for its MLP."""
+    if facts.is_post_norm:
+        return "post_attention_layernorm", "post_feedforward_layernorm"
+    return "input_layernorm", "post_attention_layernorm"
 
 
 def layer_weight_names(facts: ModelFacts, layer_idx: int) -> dict[str, tuple[int, ...]]:
@@ -71,10 +81,10 @@ def layer_weight_names(facts: ModelFacts, layer_idx: int) -> dict[str, tuple[int
         "self_attn.o_proj": (hidden, q_rows, facts.o_bias),
         **_mlp_projections(facts, layer_idx),
     }
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in block_norms(facts)}
+    if facts.qk_norm is not None:
+        shapes["self_attn.q_norm.weight"] = (facts.head_dim if facts.qk_norm == "head" else q_rows,)
+        shapes["self_attn.k_norm.weight"] = (facts.head_dim if facts.qk_norm == "head" else kv_rows,)
     for name, (rows, columns, has_bias) in projections.items():
         shapes[f"{name}.weight"] = (rows, columns)
         if has_bias:

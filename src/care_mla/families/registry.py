@@ -12,31 +12,32 @@ from care_mla.families.base import Experts, Family
 from care_mla.families.llama import LLAMA
 from care_mla.families.mistral import MISTRAL
 from care_mla.families.mixtral import MIXTRAL
+from care_mla.families.olmo2 import OLMO2
 from care_mla.families.phi3 import PHI3
 from care_mla.families.qwen2 import QWEN2
+from care_mla.families.qwen3 import QWEN3
 from care_mla.families.rope import rope_parameters, rotary_dim
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "MixtralForCausalLM": MIXTRAL,
+    "Olmo2ForCausalLM": OLMO2,
     "Phi3ForCausalLM": PHI3,
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen3ForCausalLM": QWEN3,
 }
 
 # Why well-known architectures are refused; the first key that starts the architecture's name is taken.
 BLOCKERS: dict[str, str] = {
     "Deepseek": "it has Multi-head Latent Attention already, or experts that all tokens share",
-    "Qwen3Moe": "it normalises queries and keys per head (QK-norm)",
-    "Qwen3": "it normalises queries and keys per head (QK-norm), which a linear latent cannot represent "
-    "exactly",
+    "Qwen3": "of the Qwen3 models only the language models, dense or with plain experts, are known",
     "Qwen2Moe": "beside its mixture of experts all tokens share one, through a gate of its own",
     "Qwen2VL": "it is multimodal",
     "Gemma3": "it normalises queries and keys per head (QK-norm) and mixes sliding with full attention",
     "Gemma2": "it caps attention logits and output logits (soft-capping)",
     "Gemma": "its norms add one to their weight, its embeddings are scaled, and its MLP is a GELU's",
-    "Olmo2": "it normalises queries and keys (QK-norm)",
-    "Olmo3": "it normalises queries and keys (QK-norm)",
+    "Olmo3": "it normalises queries and keys (QK-norm), and mixes sliding with full attention",
     "Cohere": "it may normalise queries and keys (QK-norm), uses LayerNorm and parallel blocks",
     "Llama4": "it is a mixture of experts, normalises queries and keys (QK-norm) and skips RoPE in some "
     "layers",
@@ -119,6 +120,8 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         sliding_window=family.sliding_window(full),
         rotary_dim=rotary,
         **({} if experts is None else asdict(experts)),
+        qk_norm=family.qk_norm,
+        is_post_norm=family.is_post_norm,
         dtype=dtype,
         config=full,
         **{key: full[key] for key in INTEGERS},

@@ -111,14 +111,17 @@ def choose(
     held_out_BL: Tensor,
     workspace: Workspace,
     advance: Callable[[], None] = lambda: None,
+    *,
+    measure_all: bool = False,
 ) -> list[Choice]:
     """The best of each group on the first held-out block; all groups are measured in one sweep.
 
     Args:
-        groups: candidates of each method; a group of one is not measured.
+        groups: candidates of each method.
         advance: called after each layer.
+        measure_all: whether a group of one is measured too, though it leaves no choice.
     """
-    open_groups = [group for group in groups if len(group) > 1]
+    open_groups = [group for group in groups if measure_all or len(group) > 1]
     key = {
         "groups": [[asdict(choice) for choice in group] for group in open_groups],
         "tokens": held_out_BL.tolist(),

@@ -12,9 +12,11 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 LATENT_FORMS = ("exact-rope", "decoupled", "partial-rope")
@@ -32,6 +34,8 @@ class LatentFields(PreTrainedConfig):
         num_rope_key_heads: J, cached rope keys per token: 0 in the exact-rope form, 1 or G in the others.
         q_bias: whether `q_proj` has a bias; likewise `k_rope_bias` for `kv_a_proj_with_mqa` (zero on the
             latent), `k_bias` for `k_b_proj`, `v_bias` for `v_b_proj` and `o_bias` for `o_proj`.
+        qk_norm: in the exact-rope form, whether queries and rebuilt keys are normalised before RoPE: `head`
+            (each head by itself), `full` (all heads at once) or None.
     """
 
     latent_form: str = "exact-rope"
@@ -44,6 +48,7 @@ class LatentFields(PreTrainedConfig):
     k_bias: bool = False
     v_bias: bool = False
     o_bias: bool = False
+    qk_norm: str | None = None
 
     # The stock plans shard k_proj and v_proj, which are not there; a latent is shared by all heads.
     base_model_tp_plan = None
@@ -98,3 +103,15 @@ class LatentQwen2Config(LatentFields, Qwen2Config):
     """Qwen2 with latent attention."""
 
     model_type = "care_latent_qwen2"
+
+
+class LatentQwen3Config(LatentFields, Qwen3Config):
+    """Qwen3 with latent attention."""
+
+    model_type = "care_latent_qwen3"
+
+
+class LatentOlmo2Config(LatentFields, Olmo2Config):
+    """OLMo 2 with latent attention."""
+
+    model_type = "care_latent_olmo2"

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from care_mla.configs import Form
 from care_mla.errors import UnsupportedModelError
 from care_mla.factors import LatentLayer
-from care_mla.facts import ModelFacts
+from care_mla.facts import ModelFacts, QkNorm
 from care_mla.mla import configuration, modeling
 from care_mla.mla.modeling import LatentAttention
 
@@ -28,7 +28,9 @@ NAMES = {
     "MistralForCausalLM": "Mistral",
     "MixtralForCausalLM": "Mixtral",
     "Phi3ForCausalLM": "Phi3",
+    "Olmo2ForCausalLM": "Olmo2",
     "Qwen2ForCausalLM": "Qwen2",
+    "Qwen3ForCausalLM": "Qwen3",
 }
 
 
@@ -45,10 +47,14 @@ class LatentDims:
     k_rope_bias: bool = False
     k_bias: bool = False
     v_bias: bool = False
+    qk_norm: QkNorm | None = None
 
     @classmethod
     def of(cls, layer: LatentLayer) -> LatentDims:
         """The dimensions of a factored layer."""
+        qk_norm: QkNorm | None = None
+        if layer.q_norm_XH is not None:
+            qk_norm = "head" if len(layer.q_norm_XH) == 1 else "full"
         return cls(
             latent_form=layer.form,
             kv_lora_rank=layer.kv_lora_rank,
@@ -59,6 +65,7 @@ class LatentDims:
             k_rope_bias=layer.k_rope_bias_JP is not None,
             k_bias=layer.k_bias_GM is not None,
             v_bias=layer.v_bias_GH is not None,
+            qk_norm=qk_norm,
         )
 
 
@@ -130,6 +137,10 @@ def attention_state_dict(layer: LatentLayer, o_weight_DO: Tensor, o_bias: Tensor
         tensors["v_b_proj.bias"] = layer.v_bias_GH.flatten()
     if o_bias is not None:
         tensors["o_proj.bias"] = o_bias
+    if layer.q_norm_XH is not None:
+        tensors["q_norm.weight"] = layer.q_norm_XH.flatten()
+    if layer.k_norm_XH is not None:
+        tensors["k_norm.weight"] = layer.k_norm_XH.flatten()
     tensors = {name: tensor.to(o_weight_DO).contiguous() for name, tensor in tensors.items()}
     inv_freq_JF = layer.inv_freq_JF.to(device=o_weight_DO.device, dtype=torch.float32)
     return tensors | {"inv_freq": inv_freq_JF.contiguous()}

@@ -20,27 +20,35 @@ from transformers import (
     MistralModel,
     MixtralForCausalLM,
     MixtralModel,
+    Olmo2ForCausalLM,
+    Olmo2Model,
     Phi3ForCausalLM,
     Phi3Model,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, eager_attention_forward
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from .configuration import (
     LatentLlamaConfig,
     LatentMistralConfig,
     LatentMixtralConfig,
+    LatentOlmo2Config,
     LatentPhi3Config,
     LatentQwen2Config,
+    LatentQwen3Config,
 )
 
 
@@ -62,13 +70,21 @@ def rotate(x_BXLP: Tensor, positions_BL: Tensor, inv_freq_JF: Tensor) -> Tensor:
     return turned.flatten(1, 2)
 
 
+def normed(x_BLO: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+    """The heads of a projection, side by side, through QK-norm: over as many of them as it is wide."""
+    if norm is None:
+        return x_BLO
+    return norm(x_BLO.unflatten(-1, (-1, norm.normalized_shape[0]))).flatten(-2)
+
+
 class LatentAttention(nn.Module):
     """Attention that caches a latent, and rope keys where the form has them, in place of keys and values.
 
     One `cache.update` per call stores the latent (B, 1, L, R) as "keys" and the rotated rope keys
     (B, 1, L, J*P) as "values", which are zero wide in the exact-rope form.
 
-    - exact-rope: key = rope(k_b_proj latent). All keys are rebuilt from the cache at each call and rotated at
+    - exact-rope: key = rope(k_norm(k_b_proj latent)), query = rope(q_norm(q_proj x)), the norms where the
+      source has them. All keys are rebuilt from the cache at each call and rotated at
       their own positions: those of this call's `position_ids`, and before them the positions that lead up to
       the first. Left padding is therefore exact; going on from a cache whose rows end in padding is not.
     - decoupled (J = 1), partial-rope (J = G): key = [k_b_proj latent ; rope key]. A single query over a cache
@@ -111,6 +127,13 @@ class LatentAttention(nn.Module):
             self.k_b_proj = nn.Linear(rank, self.num_kv_heads * self.qk_nope_head_dim, bias=config.k_bias)
         self.v_b_proj = nn.Linear(rank, self.num_kv_heads * self.head_dim, bias=config.v_bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=config.o_bias)
+        self.q_norm, self.k_norm = None, None
+        if config.qk_norm is not None:
+            is_full = config.qk_norm == "full"
+            widths = [
+                (heads if is_full else 1) * self.head_dim for heads in (self.num_heads, self.num_kv_heads)
+            ]
+            self.q_norm, self.k_norm = (nn.RMSNorm(width, eps=config.rms_norm_eps) for width in widths)
         # Persistent: layers and heads may keep different frequencies, which no configuration could name.
         frequencies = (self.qk_rope_head_dim or self.head_dim) // 2
         inv_freq_JF = torch.zeros(max(self.num_rope_key_heads, 1), frequencies, dtype=torch.float32)
@@ -186,7 +209,8 @@ class LatentAttention(nn.Module):
 
     def _project(self, x_BLD: Tensor, positions_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, N, L, K), the latent (B, L, R) and rotated rope keys (B, L, C)."""
-        q_BNLK = self.q_proj(x_BLD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q_BLO = normed(self.q_proj(x_BLD), self.q_norm)
+        q_BNLK = q_BLO.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         rope_width = self.num_rope_key_heads * self.qk_rope_head_dim
         compressed = self.kv_a_proj_with_mqa(x_BLD)
         latent_BLR, k_rope_BLC = compressed.split((self.kv_lora_rank, rope_width), dim=-1)
@@ -214,7 +238,9 @@ class LatentAttention(nn.Module):
 
     def _keys(self, latent_BSR: Tensor, k_rope_BSC: Tensor, positions_BS: Tensor) -> Tensor:
         """Keys of all KV heads, rebuilt from what is cached: (B, G, S, M+P)."""
-        parts = [] if self.k_b_proj is None else [self._kv_heads(self.k_b_proj(latent_BSR))]
+        parts = []
+        if self.k_b_proj is not None:
+            parts.append(self._kv_heads(normed(self.k_b_proj(latent_BSR), self.k_norm)))
         if self.rotates_rebuilt_keys:
             return rotate(parts[0], positions_BS, self.inv_freq)
         k_rope_BJSP = self._rope_heads(k_rope_BSC)
@@ -369,3 +395,31 @@ class LatentQwen2ForCausalLM(LatentForCausalLM, Qwen2ForCausalLM):
 
     config_class = LatentQwen2Config
     model_class = LatentQwen2Model
+
+
+class LatentQwen3Model(LatentModel, Qwen3Model):
+    """Qwen3's decoder with latent attention."""
+
+    config_class = LatentQwen3Config
+    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer, "attentions": LatentAttention}  # noqa: RUF012
+
+
+class LatentQwen3ForCausalLM(LatentForCausalLM, Qwen3ForCausalLM):
+    """Qwen3 with latent attention."""
+
+    config_class = LatentQwen3Config
+    model_class = LatentQwen3Model
+
+
+class LatentOlmo2Model(LatentModel, Olmo2Model):
+    """OLMo 2's decoder with latent attention."""
+
+    config_class = LatentOlmo2Config
+    _can_record_outputs = {"hidden_states": Olmo2DecoderLayer, "attentions": LatentAttention}  # noqa: RUF012
+
+
+class LatentOlmo2ForCausalLM(LatentForCausalLM, Olmo2ForCausalLM):
+    """OLMo 2 with latent attention."""
+
+    config_class = LatentOlmo2Config
+    model_class = LatentOlmo2Model

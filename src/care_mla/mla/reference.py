@@ -21,7 +21,7 @@ from torch import Tensor
 from care_mla.errors import UnsupportedModelError
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
-from care_mla.families.rope import rotary_frequencies
+from care_mla.families import block_norms, rotary_frequencies
 from care_mla.plan import REFERENCE_BYTES
 
 if TYPE_CHECKING:
@@ -119,10 +119,13 @@ class Reference:
         start = 0 if past is None else past.length
         for layer_idx in range(self.num_layers):
             weights, latent = self._layer(layer_idx)
-            normed_BLD = self._norm(x_BLD, weights["input_layernorm.weight"])
-            x_BLD = x_BLD + self._attention(weights, latent, normed_BLD, start, past, layer_idx)
-            normed_BLD = self._norm(x_BLD, weights["post_attention_layernorm.weight"])
-            x_BLD = x_BLD + self._mlp(weights, normed_BLD, layer_idx)
+            attention_norm_D, mlp_norm_D = (weights[f"{name}.weight"] for name in block_norms(self.facts))
+            attended_BLD = self._attention(
+                weights, latent, self._before(x_BLD, attention_norm_D), start, past, layer_idx
+            )
+            x_BLD = x_BLD + self._after(attended_BLD, attention_norm_D)
+            given_BLD = self._mlp(weights, self._before(x_BLD, mlp_norm_D), layer_idx)
+            x_BLD = x_BLD + self._after(given_BLD, mlp_norm_D)
         normed_BLD = self._norm(x_BLD, self._wide(self._tensor("model.norm.weight")))
         tied = self.facts.tie_word_embeddings
         head_SD = self._tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
@@ -153,7 +156,15 @@ class Reference:
         return weights, latent
 
     def _norm(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
-        return weight_D * x_BLD / (x_BLD.square().mean(-1, keepdim=True) + self.facts.rms_norm_eps).sqrt()
+        return rms_norm(x_BLD, weight_D, self.facts.rms_norm_eps)
+
+    def _before(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
+        """What a block is given: the normalised stream, or in a post-norm model the stream itself."""
+        return x_BLD if self.facts.is_post_norm else self._norm(x_BLD, weight_D)
+
+    def _after(self, x_BLD: Tensor, weight_D: Tensor) -> Tensor:
+        """What a block adds to the stream."""
+        return self._norm(x_BLD, weight_D) if self.facts.is_post_norm else x_BLD
 
     def _mlp(self, weights: dict[str, Tensor], x_BLD: Tensor, layer_idx: int) -> Tensor:
         """The gated MLP, or the chosen experts' outputs weighted by the router."""
@@ -187,7 +198,9 @@ class Reference:
         if latent is None:
             q_BNLK, k_BGTK, v_BGTH = original_projections(self.facts, weights, x_BLD, positions_L)
         else:
-            q_BNLK, k_BGTK, v_BGTH = latent_projections(latent, x_BLD, positions_L)
+            q_BNLK, k_BGTK, v_BGTH = latent_projections(
+                latent, x_BLD, positions_L, eps=self.facts.rms_norm_eps
+            )
         if past is not None:
             if layer_idx < len(past.keys):
                 k_BGTK = torch.cat((past.keys[layer_idx], k_BGTK), dim=2)
@@ -226,21 +239,33 @@ def original_projections(
             _linear(weights, f"self_attn.{name}", x_BLD).unflatten(-1, (-1, facts.head_dim)).transpose(1, 2)
         )
 
-    def rotated(x_BXLH: Tensor) -> Tensor:
+    def rotated(name: str) -> Tensor:
+        x_BXLH, weight_H = heads(f"{name}_proj"), weights.get(f"self_attn.{name}_norm.weight")
+        assert (weight_H is None) == (facts.qk_norm is None), f"{name}_norm of a model with {facts.qk_norm}"
+        if weight_H is not None:
+            x_BXLH = head_norm(x_BXLH, weight_H, facts.rms_norm_eps)
         turned_BXLW, passed = x_BXLH.tensor_split([facts.rotary_dim], dim=-1)
         return torch.cat((rotate(turned_BXLW, positions_L, inv_freq_1F), passed), dim=-1)
 
     inv_freq_1F = torch.tensor([rotary_frequencies(facts)], dtype=torch.float64, device=x_BLD.device)
-    return Projections(rotated(heads("q_proj")), rotated(heads("k_proj")), heads("v_proj"))
+    return Projections(rotated("q"), rotated("k"), heads("v_proj"))
 
 
-def latent_projections(latent: LatentLayer, x_BLD: Tensor, positions_L: Tensor) -> Projections:
-    """Queries, keys and values as `LatentLayer` defines them, all rebuilt from what it would cache."""
+def latent_projections(latent: LatentLayer, x_BLD: Tensor, positions_L: Tensor, *, eps: float) -> Projections:
+    """Queries, keys and values as `LatentLayer` defines them, all rebuilt from what it would cache.
+
+    Args:
+        eps: of the norms of queries and keys, where the layer has them.
+    """
     inv_freq_JF = latent.inv_freq_JF
     latent_BLR = x_BLD @ latent.down_RD.T
     k_BGLK = _per_head(latent_BLR, latent.up_k_GMR, latent.k_bias_GM)
     v_BGLH = _per_head(latent_BLR, latent.up_v_GHR, latent.v_bias_GH)
     q_rope_BNLP = _per_head(x_BLD, latent.q_rope_NPD, latent.q_rope_bias_NP)
+    if latent.q_norm_XH is not None:
+        q_rope_BNLP = head_norm(q_rope_BNLP, latent.q_norm_XH.flatten(), eps)
+    if latent.k_norm_XH is not None:
+        k_BGLK = head_norm(k_BGLK, latent.k_norm_XH.flatten(), eps)
     q_rope_BNLP = rotate(q_rope_BNLP, positions_L, inv_freq_JF)
     if latent.form == "exact-rope":
         return Projections(q_rope_BNLP, rotate(k_BGLK, positions_L, inv_freq_JF), v_BGLH)
@@ -253,6 +278,18 @@ def latent_projections(latent: LatentLayer, x_BLD: Tensor, positions_L: Tensor) 
         return Projections(q_rope_BNLP, k_BGLK, v_BGLH)
     q_nope_BNLM = _per_head(x_BLD, latent.q_nope_NMD, latent.q_nope_bias_NM)
     return Projections(torch.cat((q_nope_BNLM, q_rope_BNLP), dim=-1), k_BGLK, v_BGLH)
+
+
+def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm: x over its root mean square, times the weights."""
+    return weight_D * x_BLD / (x_BLD.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def head_norm(x_BXLH: Tensor, weight_O: Tensor, eps: float) -> Tensor:
+    """QK-norm: over each head if there are weights for one head, over all at once if there are for all."""
+    flat_BLO = x_BXLH.transpose(1, 2).flatten(2).unflatten(-1, (-1, len(weight_O)))
+    normed_BLO = rms_norm(flat_BLO, weight_O, eps).flatten(2)
+    return normed_BLO.unflatten(-1, (x_BXLH.shape[1], -1)).transpose(1, 2)
 
 
 def rotate(x_BXLP: Tensor, positions_L: Tensor, inv_freq_JF: Tensor) -> Tensor:
