@@ -93,6 +93,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     rotary = rotary_dim(full, rope, where, is_heeded=family.has_partial_rotary)
     experts = family.experts(full) if family.experts is not None else None
     _check_experts(experts, where)
+    routing: dict[str, Any] = {} if experts is None else asdict(experts)
     biases = family.biases(full)
     dtype = str(full.get("dtype") or full.get("torch_dtype") or "float32").removeprefix("torch.")
     for old in ("rope_theta", "rope_scaling", "torch_dtype", "partial_rotary_factor"):
@@ -118,7 +119,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         mlp_bias=biases.mlp,
         sliding_window=family.sliding_window(full),
         rotary_dim=rotary,
-        **({} if experts is None else asdict(experts)),
+        **routing,
         dtype=dtype,
         config=full,
         **{key: full[key] for key in INTEGERS},

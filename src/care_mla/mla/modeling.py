@@ -326,7 +326,10 @@ class LatentMixtralModel(LatentModel, MixtralModel):
     """Mixtral's decoder with latent attention."""
 
     config_class = LatentMixtralConfig
-    _can_record_outputs = {**MixtralModel._can_record_outputs, "attentions": LatentAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        **(MixtralModel._can_record_outputs or {}),
+        "attentions": LatentAttention,
+    }
 
 
 class LatentMixtralForCausalLM(LatentForCausalLM, MixtralForCausalLM):

@@ -21,7 +21,7 @@ from torch import Tensor
 from care_mla.errors import UnsupportedModelError
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
-from care_mla.families.rope import rotary_frequencies
+from care_mla.families.rope import passed_scale, rotary_frequencies
 from care_mla.plan import REFERENCE_BYTES
 
 if TYPE_CHECKING:
@@ -228,7 +228,8 @@ def original_projections(
 
     def rotated(x_BXLH: Tensor) -> Tensor:
         turned_BXLW, passed = x_BXLH.tensor_split([facts.rotary_dim], dim=-1)
-        return torch.cat((rotate(turned_BXLW, positions_L, inv_freq_1F), passed), dim=-1)
+        turned_BXLW = rotate(turned_BXLW, positions_L, inv_freq_1F)
+        return torch.cat((turned_BXLW, passed * passed_scale(facts)), dim=-1)
 
     inv_freq_1F = torch.tensor([rotary_frequencies(facts)], dtype=torch.float64, device=x_BLD.device)
     return Projections(rotated(heads("q_proj")), rotated(heads("k_proj")), heads("v_proj"))
