@@ -27,6 +27,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     },
     "mistral-window": {"family": "mistral", "sliding_window": 8, "tied": False},
     "qwen2": {"family": "qwen2"},
+    "mixtral": {"family": "mixtral", "sliding_window": 8, "tied": False},
     "yarn": {
         "family": "llama",
         "rope": {

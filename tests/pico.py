@@ -44,9 +44,8 @@ CLASSES: dict[str, tuple[type, type]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
-# What no family reads yet.
-OTHER_CLASSES: dict[str, tuple[type, type]] = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM)}
 # Few experts, but more than a token uses.
 EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48},
@@ -94,14 +93,14 @@ def pico_model(
 
     Args:
         folder: created.
-        family: a key of `CLASSES` or `OTHER_CLASSES`.
+        family: a key of `CLASSES`.
         vocab: pieces of the byte-level BPE, at least 256; `vocab_size` is this plus the two special tokens.
         shards: about how many safetensors files.
         rope: `rope_parameters`, or the word `llama3`; default is plain RoPE with theta 10000.
         tokenizer: whether a tokenizer is saved too.
         **config_overrides: any other key of the configuration, such as `attention_bias=True`.
     """
-    config_class, model_class = (CLASSES | OTHER_CLASSES)[family]
+    config_class, model_class = CLASSES[family]
     options: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,

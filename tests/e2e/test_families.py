@@ -28,10 +28,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3-partial-window": {"family": "phi3", "rope": PARTIAL, "sliding_window": 32},
     "qwen2": {"family": "qwen2", "tied": False},
     "qwen3": {"family": "qwen3"},
+    "qwen3_moe": {"family": "qwen3_moe", "tied": False},
     "qwen3-biases": {"family": "qwen3", "attention_bias": True, "tied": False},
     "olmo2": {"family": "olmo2"},
 }
-STOCK_PROFILES = {"mixtral": "mistral4"}
+STOCK_PROFILES = {"mixtral": "mistral4", "qwen3_moe": "mistral4"}
 # What DeepSeek's class cannot say, by the words of the warning.
 OWN_CLASS = {
     "mistral-window": "sliding_window 32",

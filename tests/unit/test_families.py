@@ -135,11 +135,10 @@ def test_architecture_follows_from_model_type():
         (
             {"architectures": ["WhateverForCausalLM"]},
             "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Olmo2ForCausalLM, Phi3ForCausalLM, "
-            "Qwen2ForCausalLM, Qwen3ForCausalLM",
+            "Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM",
         ),
         ({"architectures": None, "model_type": "whatever"}, "whatever"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "head"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "QK-norm"),
         ({"architectures": ["Olmo3ForCausalLM"]}, "QK-norm"),
         ({"architectures": ["Qwen3NextForCausalLM"]}, "dense"),
         ({"architectures": ["Gemma2ForCausalLM"]}, "soft-cap"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from care_mla.calibrate.statistics import LayerSums, QkNormSums, RotationSums, sums_class
 from care_mla.decompose.qk_norm import AffineMap, LayerQkNorm, NormedMoments, nearest_map
 from care_mla.factors import LatentLayer
-from care_mla.families.rope import pair_order
+from care_mla.families.rope import pair_order, passed_scale
 from care_mla.workspace import Workspace, layer_file
 
 if TYPE_CHECKING:
@@ -178,20 +178,23 @@ def layer_inputs(
         keys_DD, values_DD = key_felt_xx_DD, sums.value_felt_xx_DD
         return (keys_DD / keys_DD.trace() + values_DD / values_DD.trace()) * (c_DD.trace() / 2)
 
-    def ordered(x_NH: Tensor | None) -> Tensor | None:
-        return None if x_NH is None else x_NH[:, order]
+    def ordered(x_NH: Tensor) -> Tensor:
+        """Rows of queries or keys in `pair_order`, all with RoPE's amplitude before them."""
+        x_NH = x_NH.clone()
+        x_NH[:, facts.rotary_dim :] *= passed_scale(facts)
+        return x_NH[:, pair_order(facts)]
 
-    order = pair_order(facts)
     num_heads, num_kv_heads = facts.num_attention_heads, facts.num_key_value_heads
+    b_q_NH, b_k_GH = heads("q_proj.bias", num_heads), heads("k_proj.bias", num_kv_heads)
     sums, rotation = sums.to(device), rotation.to(device)
     c_DD = sums.xx_DD / sums.tokens
     return LayerInputs(
         layer_idx=layer_idx,
-        w_q_NHD=required("q_proj.weight", num_heads)[:, order],
-        w_k_GHD=required("k_proj.weight", num_kv_heads)[:, order],
+        w_q_NHD=ordered(required("q_proj.weight", num_heads)),
+        w_k_GHD=ordered(required("k_proj.weight", num_kv_heads)),
         w_v_GHD=required("v_proj.weight", num_kv_heads),
-        b_q_NH=ordered(heads("q_proj.bias", num_heads)),
-        b_k_GH=ordered(heads("k_proj.bias", num_kv_heads)),
+        b_q_NH=None if b_q_NH is None else ordered(b_q_NH),
+        b_k_GH=None if b_k_GH is None else ordered(b_k_GH),
         b_v_GH=heads("v_proj.bias", num_kv_heads),
         c_DD=c_DD,
         felt_c_DD=felt(sums.key_felt_xx_DD),

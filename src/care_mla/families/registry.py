@@ -16,6 +16,7 @@ from care_mla.families.olmo2 import OLMO2
 from care_mla.families.phi3 import PHI3
 from care_mla.families.qwen2 import QWEN2
 from care_mla.families.qwen3 import QWEN3
+from care_mla.families.qwen3_moe import QWEN3_MOE
 from care_mla.families.rope import rope_parameters, rotary_dim
 
 FAMILIES: dict[str, Family] = {
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
     "Phi3ForCausalLM": PHI3,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
 
 # Why well-known architectures are refused; the first key that starts the architecture's name is taken.
@@ -94,6 +96,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     rotary = rotary_dim(full, rope, where, is_heeded=family.has_partial_rotary)
     experts = family.experts(full) if family.experts is not None else None
     _check_experts(experts, where)
+    routing: dict[str, Any] = {} if experts is None else asdict(experts)
     biases = family.biases(full)
     dtype = str(full.get("dtype") or full.get("torch_dtype") or "float32").removeprefix("torch.")
     for old in ("rope_theta", "rope_scaling", "torch_dtype", "partial_rotary_factor"):
@@ -119,7 +122,7 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         mlp_bias=biases.mlp,
         sliding_window=family.sliding_window(full),
         rotary_dim=rotary,
-        **({} if experts is None else asdict(experts)),
+        **routing,
         qk_norm=family.qk_norm,
         is_post_norm=family.is_post_norm,
         dtype=dtype,

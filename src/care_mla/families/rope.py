@@ -138,6 +138,14 @@ def pair_order(facts: ModelFacts) -> list[int]:
     return [*range(half), *first, *range(half, facts.rotary_dim), *second]
 
 
+def passed_scale(facts: ModelFacts) -> float:
+    """What queries and keys are multiplied by in the dimensions that RoPE passes.
+
+    RoPE's amplitude is on the others alone, but counts for all of the head wherever logits are scaled by it.
+    """
+    return 1 / float(facts.rope_parameters.get("attention_factor", 1.0))
+
+
 def llama3_frequency(angle: float, parameters: Mapping[str, Any]) -> float:
     """One angle scaled as in Llama 3.1: low ones by 1/factor, high ones kept, a ramp between."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]

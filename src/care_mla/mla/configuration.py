@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 LATENT_FORMS = ("exact-rope", "decoupled", "partial-rope")
@@ -115,3 +116,9 @@ class LatentOlmo2Config(LatentFields, Olmo2Config):
     """OLMo 2 with latent attention."""
 
     model_type = "care_latent_olmo2"
+
+
+class LatentQwen3MoeConfig(LatentFields, Qwen3MoeConfig):
+    """Qwen3-MoE with latent attention."""
+
+    model_type = "care_latent_qwen3_moe"

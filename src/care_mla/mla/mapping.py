@@ -31,6 +31,7 @@ NAMES = {
     "Olmo2ForCausalLM": "Olmo2",
     "Qwen2ForCausalLM": "Qwen2",
     "Qwen3ForCausalLM": "Qwen3",
+    "Qwen3MoeForCausalLM": "Qwen3Moe",
 }
 
 

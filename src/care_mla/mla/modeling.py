@@ -30,6 +30,8 @@ from transformers import (
     Qwen2Model,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeModel,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -49,6 +51,7 @@ from .configuration import (
     LatentPhi3Config,
     LatentQwen2Config,
     LatentQwen3Config,
+    LatentQwen3MoeConfig,
 )
 
 
@@ -348,25 +351,31 @@ class LatentMistralForCausalLM(LatentForCausalLM, MistralForCausalLM):
     model_class = LatentMistralModel
 
 
+class LatentSparseForCausalLM(LatentForCausalLM):
+    """What the loss that balances the experts needs, beside latent attention."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_local_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+
+
 class LatentMixtralModel(LatentModel, MixtralModel):
     """Mixtral's decoder with latent attention."""
 
     config_class = LatentMixtralConfig
-    _can_record_outputs = {**MixtralModel._can_record_outputs, "attentions": LatentAttention}  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        **(MixtralModel._can_record_outputs or {}),
+        "attentions": LatentAttention,
+    }
 
 
-class LatentMixtralForCausalLM(LatentForCausalLM, MixtralForCausalLM):
+class LatentMixtralForCausalLM(LatentSparseForCausalLM, MixtralForCausalLM):
     """Mixtral with latent attention."""
 
     config_class = LatentMixtralConfig
     model_class = LatentMixtralModel
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        # What the loss that balances the experts needs.
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.num_experts = config.num_local_experts
-        self.num_experts_per_tok = config.num_experts_per_tok
 
 
 class LatentPhi3Model(LatentModel, Phi3Model):
@@ -423,3 +432,20 @@ class LatentOlmo2ForCausalLM(LatentForCausalLM, Olmo2ForCausalLM):
 
     config_class = LatentOlmo2Config
     model_class = LatentOlmo2Model
+
+
+class LatentQwen3MoeModel(LatentModel, Qwen3MoeModel):
+    """Qwen3-MoE's decoder with latent attention."""
+
+    config_class = LatentQwen3MoeConfig
+    _can_record_outputs = {  # noqa: RUF012
+        **(Qwen3MoeModel._can_record_outputs or {}),
+        "attentions": LatentAttention,
+    }
+
+
+class LatentQwen3MoeForCausalLM(LatentSparseForCausalLM, Qwen3MoeForCausalLM):
+    """Qwen3-MoE with latent attention."""
+
+    config_class = LatentQwen3MoeConfig
+    model_class = LatentQwen3MoeModel

@@ -22,6 +22,7 @@ from care_mla.errors import UnsupportedModelError
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import block_norms, rotary_frequencies
+from care_mla.families.rope import passed_scale
 from care_mla.plan import REFERENCE_BYTES
 
 if TYPE_CHECKING:
@@ -245,7 +246,8 @@ def original_projections(
         if weight_H is not None:
             x_BXLH = head_norm(x_BXLH, weight_H, facts.rms_norm_eps)
         turned_BXLW, passed = x_BXLH.tensor_split([facts.rotary_dim], dim=-1)
-        return torch.cat((rotate(turned_BXLW, positions_L, inv_freq_1F), passed), dim=-1)
+        turned_BXLW = rotate(turned_BXLW, positions_L, inv_freq_1F)
+        return torch.cat((turned_BXLW, passed * passed_scale(facts)), dim=-1)
 
     inv_freq_1F = torch.tensor([rotary_frequencies(facts)], dtype=torch.float64, device=x_BLD.device)
     return Projections(rotated("q"), rotated("k"), heads("v_proj"))
