@@ -39,6 +39,7 @@ class Writer(Protocol):
         output: Path,
         dtype: torch.dtype,
         advance: Callable[[], None] = ...,
+        /,
     ) -> dict[str, Any]: ...
 
 
