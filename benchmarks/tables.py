@@ -146,7 +146,27 @@ def published() -> str:
     return markdown(["method", "form", "P", "perplexity"], rows)
 
 
+def llama_cpp() -> str:
+    """A converted model in llama.cpp, by type of its weights."""
+    (run,) = read("engines/llama_cpp.json")
+    rows = [
+        [
+            f"`{row['quantization']}`",
+            f"{row['bytes'] / 2**20:.0f}",
+            f"{row['verify']['relative_error']:.2g}",
+            f"{row['largest_token_error']:.2g}",
+            f"{row['greedy_tokens_equal_to_transformers']} of {run['greedy_tokens']}",
+            f"{row['perplexity']:.3f}",
+            f"{row['verify']['cached_values']}",
+        ]
+        for row in run["rows"]
+    ]
+    columns = ["weights", "MiB", "error of logits", "of the worst token", "same text", "perplexity"]
+    return markdown([*columns, "cached values"], rows)
+
+
 TABLES = {
+    "llama-cpp": llama_cpp,
     "one-shot-0.5": lambda: one_shot("0.5"),
     "one-shot-0.25": lambda: one_shot("0.25"),
     "long-blocks": long_blocks,

@@ -77,8 +77,9 @@ def write_reference(converted: Path, path: Path, quantization: str, tokenizer: A
     with safe_open(converted / REFERENCE, "pt") as file:
         stored = json.loads(file.metadata()[METADATA_KEY])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    tolerance = max(stored["tolerance"], TOLERANCES[quantization])
-    metadata = stored | {"dtype": quantization, "tolerance": tolerance}
+    # What was rounded once stays so, whatever type it is written in.
+    is_finer = TOLERANCES[quantization] < stored["tolerance"]
+    metadata = stored | ({} if is_finer else {"dtype": quantization, "tolerance": TOLERANCES[quantization]})
     if tokenizer is not None:
         metadata["probe"] = {"text": PROBE, "ids": tokenizer(PROBE)["input_ids"]}
     save_tensors(path, tensors, metadata={METADATA_KEY: json.dumps(metadata)})
