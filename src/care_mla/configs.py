@@ -16,7 +16,7 @@ from care_mla.errors import OptionError
 
 Form = Literal["decoupled", "exact-rope", "partial-rope"]
 Allocation = Literal["uniform", "greedy", "care-eq1", "care-code", "auto"]
-Profile = Literal["deepseek-v3", "care"]
+Profile = Literal["deepseek-v3", "vllm", "care"]
 
 DEFAULT_BUDGET = 0.5
 METHODS: dict[Form, tuple[str, ...]] = {
@@ -160,7 +160,7 @@ class PlanConfig(CommonConfig, CalibrationConfig):
     method: str = "fisher"
     """How the low-rank factors are found; an unknown name lists the ones there are."""
     profile: Profile | None = None
-    """deepseek-v3: stock engines load it. care: our own class. None: the first if it can be."""
+    """deepseek-v3: for stock engines. vllm: and its kernels. care: our own class. None: the first that can."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,18 +189,18 @@ class PlanConfig(CommonConfig, CalibrationConfig):
                 f"{self.allocation} "
                 "contradicts it. Leave --allocation out, or choose --method care-u."
             )
-        if self.profile != "deepseek-v3":
+        if self.profile not in ("deepseek-v3", "vllm"):
             return
         spread = implied or self.allocation
         if self.form != "decoupled":
             raise OptionError(
-                f"--profile deepseek-v3 cannot express --form {self.form}: its RoPE key is one for all "
+                f"--profile {self.profile} cannot express --form {self.form}: its RoPE key is one for all "
                 "heads. "
                 "Choose --form decoupled, or --profile care."
             )
         if spread in PER_LAYER_ALLOCATIONS:
             raise OptionError(
-                f"--profile deepseek-v3 cannot express the ranks per layer of allocation {spread}: stock "
+                f"--profile {self.profile} cannot express the ranks per layer of allocation {spread}: stock "
                 "engines "
                 "read one kv_lora_rank. Choose --allocation uniform, or --profile care."
             )

@@ -114,6 +114,8 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
     transformers alone. What depends on more than the model (form, ranks, dtype) is checked in
     export/deepseek.py, which asks here first.
     """
+    if profile == "vllm":
+        engine = "vLLM"
     if profile == "care":
         return None if engine == "transformers" else "our own class runs in transformers"
     if facts.sliding_window is not None and facts.sliding_window < facts.max_position_embeddings:
@@ -135,9 +137,15 @@ def check_profile(facts: ModelFacts, profile: Profile) -> None:
     """
     blocker = profile_blocker(facts, profile)
     if blocker is not None:
+        instead = "--profile care, our own transformers class, which keeps it exactly."
+        if profile_blocker(facts, "deepseek-v3") is None:
+            instead = (
+                "--profile deepseek-v3, and serve it by transformers' class inside vLLM: vllm serve OUT "
+                "--model-impl transformers"
+            )
         raise ExportError(
             f"--profile {profile} cannot express this {facts.family} model ({blocker}). Nothing was written. "
-            "Choose --profile care, our own transformers class, which keeps it exactly."
+            f"Choose {instead}"
         )
 
 

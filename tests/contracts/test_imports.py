@@ -23,6 +23,7 @@ BASE = {
     "console",
     "factors",
     "budget",
+    "serving",
     "device",
     "versions",
 }
@@ -39,6 +40,7 @@ LIGHT = [
         "care_mla.configs",
         "care_mla.recipe",
         "care_mla.budget",
+        "care_mla.serving",
     ),
     *("care_mla.plan", "care_mla.workspace", "care_mla.console", "care_mla.families"),
     *(f"care_mla.cli.{path.stem}" for path in sorted((PACKAGE / "cli").glob("*.py"))),

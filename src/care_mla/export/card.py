@@ -102,7 +102,7 @@ def _summary(card: Card) -> str:
 
 
 def _loading(card: Card) -> str:
-    is_stock = card.profile == "deepseek-v3"
+    is_stock = card.profile != "care"
     option = "" if is_stock else ", trust_remote_code=True"
     how = (
         "Stock transformers (5.15 or later) runs it as `DeepseekV3ForCausalLM`:"

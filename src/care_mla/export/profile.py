@@ -13,6 +13,7 @@ from care_mla.configs import METHOD_ALLOCATION, PER_LAYER_ALLOCATIONS, PlanConfi
 from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
 from care_mla.export.hf import write_latent_checkpoint
 from care_mla.export.latent_norm import refuse_float16
+from care_mla.export.vllm import check_vllm, write_vllm_checkpoint
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.mla.mapping import class_names
@@ -54,6 +55,9 @@ def pick_profile(facts: ModelFacts, config: PlanConfig) -> Profile:
     if config.profile == "deepseek-v3":
         check_deepseek(facts, config.form, dtype=torch.float32)
         return config.profile
+    if config.profile == "vllm":
+        check_vllm(facts, config.form, dtype=torch.float32)
+        return config.profile
     stock = config.profile is None and config.form == "decoupled" and spread not in PER_LAYER_ALLOCATIONS
     if stock:
         blocker = profile_blocker(facts, "deepseek-v3")
@@ -76,6 +80,8 @@ def write_checkpoint(
     match profile:
         case "deepseek-v3":
             return write_deepseek_checkpoint(source, layers, folder, dtype, advance)
+        case "vllm":
+            return write_vllm_checkpoint(source, layers, folder, dtype, advance)
         case "care":
             return write_latent_checkpoint(source, layers, folder, dtype, advance)
         case _:

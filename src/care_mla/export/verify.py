@@ -65,6 +65,7 @@ def store_reference(
     num_greedy: int = 24,
     num_layers: int | None = None,
     device: torch.device | str = "cpu",
+    cached_values: int | None = None,
 ) -> None:
     """Compute the reference in float64 and store it with a converted model.
 
@@ -76,6 +77,7 @@ def store_reference(
         num_layers: only so many of the first layers, for models too large to run whole; `verify` then cuts
             the engine's model too.
         device: where the reference runs.
+        cached_values: of every layer as exported; None: those of the factors.
     """
     facts = source.facts
     kept = facts.num_hidden_layers if num_layers is None else num_layers
@@ -93,7 +95,7 @@ def store_reference(
         "form": layers(0).form,
         "dtype": dtype,
         "tolerance": TOLERANCES[dtype],
-        "cached_values": [layers(layer_idx).cached_values for layer_idx in range(kept)],
+        "cached_values": [cached_values or layers(layer_idx).cached_values for layer_idx in range(kept)],
         "num_layers": kept,
         "is_slice": kept < facts.num_hidden_layers,
     }
