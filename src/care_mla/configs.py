@@ -160,7 +160,7 @@ class PlanConfig(CommonConfig, CalibrationConfig):
     method: str = "fisher"
     """How the low-rank factors are found; an unknown name lists the ones there are."""
     profile: Profile | None = None
-    """deepseek-v3: for stock engines. vllm: and its kernels. care: our own class. None: the first that can."""
+    """deepseek-v3: stock engines. vllm: and its kernels. care: our own class. None: the first if it can."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
 """What runs in a process of its own, in the environment that has vLLM, to see what vLLM makes of a folder.
 
 Reads the folder and the reference inside; writes one safetensors file: logits, greedy tokens, and in its
-metadata the cache that vLLM lays out. Run as a script: python -P engine_vllm.py FOLDER RESULT [MODEL_IMPL].
+metadata the cache that vLLM lays out. Run as a script: python -I engine_vllm.py FOLDER RESULT [MODEL_IMPL].
 Imports nothing of care_mla, which need not be installed there.
 """
 # Shapes: B sequences, L positions, S vocabulary, T greedy steps.
@@ -19,7 +19,7 @@ REFERENCE = Path("care_reference") / "reference.safetensors"
 METADATA_KEY = "care_reference"
 # The oldest version that was run. Older ones cannot read transformers 5's rope_parameters.
 OLDEST = (0, 32)
-# Exit code of the script where there is no vLLM to run, with the reason as its only output.
+# Exit code of the script where vLLM cannot be asked, with the reason as the last line of its output.
 NO_ENGINE = 4
 
 # Before vLLM is imported: the model in this process, and the little cache that the check needs.
@@ -39,6 +39,20 @@ def engine_problem() -> str | None:
     if numbers < OLDEST:
         return f"vLLM {version} is older than {'.'.join(map(str, OLDEST))}"
     return None
+
+
+def size_problem(folder: Path) -> str | None:
+    """Why this vLLM has no kernel for the folder's cache; None where it has one."""
+    from vllm.platforms import current_platform
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    size = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if not current_platform.is_cpu() or size == (512, 64):
+        return None
+    return (
+        "vLLM's CPU build takes kv_lora_rank 512 with qk_rope_head_dim 64 only, and here they are "
+        f"{size[0]} and {size[1]}"
+    )
 
 
 def run(folder: Path, model_impl: str = "auto") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -126,7 +140,7 @@ def _cached_values(spec: Any) -> int:
 
 
 if __name__ == "__main__":
-    problem = engine_problem()
+    problem = engine_problem() or size_problem(Path(sys.argv[1]))
     if problem is not None:
         sys.stderr.write(problem)
         sys.exit(NO_ENGINE)

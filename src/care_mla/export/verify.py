@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from care_mla.configs import VerifyConfig
 from care_mla.errors import CareError, CheckpointError
 from care_mla.export.engine_transformers import METADATA_KEY, OWN_MODEL_TYPE, REFERENCE
 from care_mla.export.hf import holds_our_code
+from care_mla.export.vllm_process import run_vllm
 from care_mla.factors import LatentLayer
 from care_mla.mla.reference import Reference
 from care_mla.workspace import save_tensors
@@ -146,12 +147,17 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     Raises:
         CareError: the folder or the engine cannot be used; the message says what to type.
     """
-    if config.engine != "transformers":
+    if config.engine == "llama.cpp":
         raise CareError(
             f"--engine {config.engine} cannot be checked yet: it comes with GGUF export. The same weights "
             f"can be checked now with: care verify {config.model} --engine transformers"
         )
     stored = read_reference(config.model)
+    if config.engine == "vllm":
+        tensors, metadata = run_vllm(config.model, stored)
+        if metadata["dtype"] != "float32":  # a GPU's kernels round, whatever the file holds
+            stored = replace(stored, dtype="bfloat16", tolerance=TOLERANCES["bfloat16"])
+        return {"engine": config.engine, **judge(stored, tensors, metadata)}
     if stored.runs_code and not holds_our_code(config.model):
         raise CheckpointError(
             f"{config.model}: its modeling.py is not the one of this version of care, so it is not run "
