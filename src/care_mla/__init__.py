@@ -15,9 +15,11 @@ _MODULES = {
     "CareError": "care_mla.errors",
     "CompareConfig": "care_mla.configs",
     "ConvertConfig": "care_mla.configs",
+    "ExportConfig": "care_mla.export_config",
     "VerifyConfig": "care_mla.configs",
     "compare": "care_mla.evaluate.compare",
     "convert": "care_mla.pipeline",
+    "export": "care_mla.export.run",
     "verify": "care_mla.export.verify",
 }
 

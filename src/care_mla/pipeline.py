@@ -107,7 +107,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
                 "converted": cached or _mean_cached(layer_rows),
             },
             "kv_lora_rank": choice.kv_lora_rank,
-            "qk_rope_head_dim": choice.variant.qk_rope_head_dim,
+            "qk_rope_head_dim": exported.get("qk_rope_head_dim", choice.variant.qk_rope_head_dim),
             "freqfold": choice.variant.freqfold,
             "form": config.form,
             "method": config.method,

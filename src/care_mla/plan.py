@@ -18,6 +18,7 @@ from care_mla.budget import Dims, cached_values, resolve_dims
 from care_mla.configs import CalibrationConfig, Form, PlanConfig, Profile
 from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
+from care_mla.serving import head_dim_blocker
 
 GIB = 2**30
 ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at once
@@ -124,9 +125,11 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return "mlp_bias: DeepSeek's MLP has no biases"
     if engine != "transformers" and (facts.q_bias or facts.k_bias or facts.v_bias or facts.o_bias):
         return f"attention biases: {engine} ignores them in DeepSeek models"
+    if profile == "deepseek-v3" and engine == "vLLM" and facts.tie_word_embeddings:
+        return "tied embeddings: vLLM's DeepSeek class wants a head of its own, which profile vllm writes"
     if engine != "transformers" and facts.rope_type != "default":
         return f"rope_type {facts.rope_type}: {engine} takes it for yarn in DeepSeek models"
-    return None
+    return head_dim_blocker(facts) if profile == "vllm" else None
 
 
 def check_profile(facts: ModelFacts, profile: Profile) -> None:

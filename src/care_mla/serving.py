@@ -102,26 +102,36 @@ def kernel_warnings(rows: list[Kernel]) -> list[str]:
     return warnings
 
 
-def padded_head_dims(qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int) -> HeadDims:
-    """The smallest head dims that vLLM's prefill kernel takes and that hold these, zeros in the rest.
+def head_dims_holding(qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int) -> HeadDims | None:
+    """The smallest head dims that vLLM's prefill kernel takes and that hold these; None: there are none.
 
     A RoPE key of width P is held by one of 64 where P divides 64: its table theta^(-2i/P) is every
     (64/P)-th entry of theta^(-2i/64).
+    """
+    if qk_rope_head_dim < 2 or ROPE_HEAD_DIM % qk_rope_head_dim:
+        return None
+    for dims in PREFILL_DIMS:
+        if dims.qk_nope_head_dim >= qk_nope_head_dim and dims.v_head_dim >= v_head_dim:
+            return dims
+    return None
+
+
+def padded_head_dims(qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: int) -> HeadDims:
+    """The head dims that `head_dims_holding` finds.
 
     Raises:
-        ExportError: none holds them; the message names the one that is too wide.
+        ExportError: none hold these; the message names the one that does not fit.
     """
     given = HeadDims(qk_nope_head_dim, qk_rope_head_dim, v_head_dim)
-    if qk_rope_head_dim < 2 or ROPE_HEAD_DIM % qk_rope_head_dim:
+    if (found := head_dims_holding(*given)) is not None:
+        return found
+    if ROPE_HEAD_DIM % qk_rope_head_dim:
         raise ExportError(
             f"--profile vllm: a RoPE key of width {qk_rope_head_dim} has no place in vLLM's kernels, which "
             f"take {ROPE_HEAD_DIM} and so the widths that divide it. Nothing was written. Choose "
             f"--qk-rope-head-dim {ROPE_HEAD_DIM} where head_dim allows it, or --profile deepseek-v3 for "
             "transformers."
         )
-    for dims in PREFILL_DIMS:
-        if dims.qk_nope_head_dim >= qk_nope_head_dim and dims.v_head_dim >= v_head_dim:
-            return dims
     raise ExportError(
         f"--profile vllm: head dims {tuple(given)} (keys without RoPE, RoPE key, values) are wider than "
         f"those of vLLM's prefill kernels, {', '.join(str(tuple(each)) for each in PREFILL_DIMS)}. Nothing "
@@ -137,6 +147,33 @@ def vllm_dims(facts: ModelFacts, dims: Dims) -> tuple[Dims, HeadDims]:
     """
     heads = padded_head_dims(facts.head_dim, dims.qk_rope_head_dim, facts.head_dim)
     return Dims(dims.kv_lora_rank, heads.qk_rope_head_dim), heads
+
+
+def size_kernels(facts: ModelFacts, dims: Dims) -> list[Kernel]:
+    """Every kernel for a decoupled conversion, as the profile `vllm` writes it where it can."""
+    heads = head_dims_holding(facts.head_dim, dims.qk_rope_head_dim, facts.head_dim)
+    if heads is None:
+        return kernels(*dims, facts.head_dim, facts.head_dim)
+    return kernels(dims.kv_lora_rank, heads.qk_rope_head_dim, heads.qk_nope_head_dim, heads.v_head_dim)
+
+
+def kernel_summary(facts: ModelFacts, dims: Dims) -> str:
+    """The decode kernels of `size_kernels` in a few words, for tables."""
+    rows = size_kernels(facts, dims)
+    decode = [row for row in rows if row.phase == "decode"]
+    named = "all" if all(row.runs for row in decode) else ", ".join(row.name for row in decode if row.runs)
+    return (
+        named if all(row.runs for row in rows if row.phase == "prefill") else f"{named}; no prefill on GPUs"
+    )
+
+
+def head_dim_blocker(facts: ModelFacts) -> str | None:
+    """Why no head dims of vLLM's kernels hold this model's; None where some do."""
+    width = _rope_head_dim(facts)
+    if head_dims_holding(facts.head_dim, width, facts.head_dim) is not None:
+        return None
+    held = ", ".join(str(tuple(each)) for each in PREFILL_DIMS)
+    return f"head_dim {facts.head_dim}: vLLM's prefill kernels take (qk_nope, qk_rope, v) head dims {held}"
 
 
 def fit_vllm(facts: ModelFacts, config: PlanConfigT) -> tuple[PlanConfigT, list[str]]:
@@ -189,13 +226,17 @@ def _size_warnings(facts: ModelFacts, dims: Dims) -> list[str]:
             "cached per token and layer."
         )
     budgets = [
-        f"--budget {_share(facts, size)} ({size - ROPE_HEAD_DIM} + {ROPE_HEAD_DIM} = {size} values)"
-        for size in FAST_SIZES
-        if size < facts.cached_values
+        f"--budget {budget} ({size - ROPE_HEAD_DIM} + {ROPE_HEAD_DIM} = {size} values)"
+        for size, budget in fast_budgets(facts).items()
     ]
     if sum(written) in FAST_SIZES or not budgets:
         return warnings
     return [*warnings, f"A size that vLLM's fast kernels take: {' or '.join(budgets)}."]
+
+
+def fast_budgets(facts: ModelFacts) -> dict[int, float]:
+    """Budgets of the sizes that vLLM's fast kernels take and that are smaller than the original's cache."""
+    return {size: _share(facts, size) for size in FAST_SIZES if size < facts.cached_values}
 
 
 def _share(facts: ModelFacts, values: int) -> float:

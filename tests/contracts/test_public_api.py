@@ -20,6 +20,7 @@ from care_mla.configs import (
     PlanConfig,
     VerifyConfig,
 )
+from care_mla.export_config import ExportConfig
 
 CONFIGS = {
     "inspect": InspectConfig,
@@ -27,6 +28,7 @@ CONFIGS = {
     "convert": ConvertConfig,
     "compare": CompareConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "verify": VerifyConfig,
     "demo": DemoConfig,
 }
@@ -40,6 +42,7 @@ OPTIONS = {
     "convert": f"{CALIBRATION} form method profile output overwrite",
     "compare": f"{CALIBRATION} methods form perplexity block max_tokens",
     "evaluate": "quiet json models perplexity block max_tokens device trust_remote_code",
+    "export": "quiet json model output profile quantization kv_lora_rank overwrite",
     "verify": "quiet json model engine",
     "demo": "quiet json folder overwrite",
 }
@@ -51,9 +54,11 @@ def test_public_names() -> None:
         "CareError",
         "CompareConfig",
         "ConvertConfig",
+        "ExportConfig",
         "VerifyConfig",
         "compare",
         "convert",
+        "export",
         "verify",
     ]
 

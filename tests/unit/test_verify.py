@@ -224,7 +224,7 @@ def test_large_models_are_checked_by_their_first_layers(form: str, tmp_path) -> 
     assert body["passed"], body["problems"]
 
 
-@pytest.mark.parametrize("engine", ["llama.cpp", "vllm"])
+@pytest.mark.parametrize("engine", ["llama.cpp"])
 def test_engines_to_come_are_refused_by_name(engine, tmp_path) -> None:
     with pytest.raises(CareError, match=rf"{engine}.*GGUF export.*care verify"):
         verify(VerifyConfig(model=tmp_path, engine=engine))

@@ -4,20 +4,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 from care_mla.checkpoint.opening import open_source
 from care_mla.checkpoint.source import Source
-from care_mla.errors import ExportError
+from care_mla.errors import ExportError, OptionError
+from care_mla.export import engine_transformers
 from care_mla.export.deepseek import write_deepseek_checkpoint
+from care_mla.export.run import export as export_model
+from care_mla.export.verify import judge, read_reference
 from care_mla.export.vllm import check_vllm, pad_for_vllm, write_vllm_checkpoint
+from care_mla.export_config import ExportConfig
 from care_mla.factors import LatentLayer
 from care_mla.mla.reference import Reference
-from export_cases import decoupled_layer, relative_error, token_ids
+from export_cases import decoupled_layer, export, relative_error, token_ids
 
 from pico import pico_model
 
@@ -54,6 +60,9 @@ def test_zeros_change_nothing(name: str, tmp_path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert type(model) is DeepseekV3ForCausalLM
     config = model.config
+    # vLLM's own class has no tied head.
+    assert config.tie_word_embeddings is False
+    assert "lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")
     widths = (config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim)
     assert widths == sizes
     assert summary["cached_values"] == sizes[0] + sizes[1]
@@ -112,3 +121,37 @@ def test_layers_that_vllm_misreads(options, change, message: str, tmp_path) -> N
     with pytest.raises(ExportError, match=message):
         write_vllm_checkpoint(source, layers.__getitem__, tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_folder_is_exported_for_vllm(tmp_path) -> None:
+    """Zeros from the folder alone; a bias or a scaled table in it is refused by name."""
+    exported = export(tmp_path)
+    output = tmp_path / "vllm"
+    body = export_model(
+        ExportConfig(model=exported.folder, output=output, profile="vllm", kv_lora_rank=512, quiet=True)
+    )
+    assert (body["kv_lora_rank"], body["qk_rope_head_dim"], body["cached_values"]) == (512, 64, 576)
+    assert "CPU_MLA" in body["kernels"]
+    verdict = judge(read_reference(output), *engine_transformers.run(output))
+    assert verdict["passed"], verdict["problems"]
+    assert verdict["relative_error"] < 1e-5
+    assert verdict["cached_values"] == 576
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "qwen2"}, r"attention biases.*--model-impl transformers"),
+        ({"rope": "llama3"}, r"rope_type llama3.*--model-impl transformers"),
+    ],
+)
+def test_a_converted_folder_that_vllm_misreads(options, message: str, tmp_path) -> None:
+    folder = export(tmp_path, tokenizer=False, **options).folder
+    with pytest.raises(ExportError, match=message):
+        export_model(ExportConfig(model=folder, output=tmp_path / "vllm", profile="vllm", quiet=True))
+    assert not (tmp_path / "vllm").exists()
+
+
+def test_the_rank_is_an_option_of_this_profile_alone() -> None:
+    with pytest.raises(OptionError, match=r"--kv-lora-rank 512.*--profile vllm"):
+        ExportConfig(model=Path("m"), output=Path("x"), kv_lora_rank=512)

@@ -16,6 +16,7 @@ from care_mla.checkpoint.fingerprint import file_digest
 from care_mla.checkpoint.safetensors_header import StoredTensor, read_header
 from care_mla.checkpoint.source import Source, TensorHeader
 from care_mla.errors import CareError, CheckpointError, UnsupportedModelError
+from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config
 from care_mla.workspace import fingerprint
 
@@ -55,7 +56,7 @@ class FolderSource(Source):
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         self.config = self._read_json("config.json")
-        self.facts = facts_from_config(self.config)
+        self.facts = self._facts()
         self._open_files: dict[Path, Any] = {}
         pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
         if pickles and not any(folder.glob("*.safetensors*")):
@@ -64,6 +65,9 @@ class FolderSource(Source):
                 "are loaded, so they are never read. Convert them once: load with transformers and "
                 "save_pretrained(FOLDER)."
             )
+
+    def _facts(self) -> ModelFacts:
+        return facts_from_config(self.config)
 
     def _read_json(self, file: str) -> dict[str, Any]:
         path = self.folder / file

@@ -14,11 +14,13 @@ from care_mla.configs import InspectConfig, PlanConfig, Profile
 from care_mla.errors import OptionError, UnsupportedModelError
 from care_mla.facts import ModelFacts
 from care_mla.plan import profile_blocker
+from care_mla.serving import fast_budgets, kernel_summary
 
 BUDGETS = (1.0, 0.5, 0.25, 0.125)
 PROFILES: tuple[tuple[Profile, str], ...] = (
     ("deepseek-v3", "transformers"),
     ("deepseek-v3", "vLLM"),
+    ("vllm", "vLLM"),
     ("deepseek-v3", "SGLang"),
     ("care", "transformers"),
 )
@@ -62,9 +64,14 @@ def describe(facts: ModelFacts) -> dict[str, Any]:
         ],
         "dtype": facts.dtype,
         "cached_values": facts.cached_values,
-        "ranks": [row for budget in BUDGETS for row in _ranks(facts, budget)],
+        "ranks": [row for budget in _budgets(facts) for row in _ranks(facts, budget)],
         "profiles": [_profile(facts, profile, engine) for profile, engine in PROFILES],
     }
+
+
+def _budgets(facts: ModelFacts) -> list[float]:
+    """Halves, and those of the sizes that vLLM's fast kernels take, largest first."""
+    return sorted({*BUDGETS, *fast_budgets(facts).values()}, reverse=True)
 
 
 def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
@@ -75,7 +82,12 @@ def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
     except OptionError:
         return []
     return [
-        {**dims._asdict(), "budget": budget, "cached_values": cached_values(facts, "decoupled", dims)}
+        {
+            **dims._asdict(),
+            "budget": budget,
+            "cached_values": cached_values(facts, "decoupled", dims),
+            "vllm_kernels": kernel_summary(facts, dims),
+        }
         for dims in candidates
     ]
 
@@ -102,10 +114,16 @@ def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
     ]
     terminal.table(model, ["", "value"], rows)
     ranks = [
-        [f"{row['budget']:g}", row["kv_lora_rank"], row["qk_rope_head_dim"], row["cached_values"]]
+        [
+            f"{row['budget']:g}",
+            row["kv_lora_rank"],
+            row["qk_rope_head_dim"],
+            row["cached_values"],
+            row["vllm_kernels"],
+        ]
         for row in body["ranks"]
     ]
-    columns = ["--budget", "kv_lora_rank", "qk_rope_head_dim", "cached values"]
+    columns = ["--budget", "kv_lora_rank", "qk_rope_head_dim", "cached values", "decode in vLLM"]
     terminal.table("Possible sizes of an MLA cache (--form decoupled)", columns, ranks)
     profiles = [
         [f"{row['profile']} in {row['engine']}", "yes" if row["possible"] else f"no: {row['blocked_by']}"]

@@ -1,20 +1,30 @@
 """The model card of a converted model: what it is, how to load it, what was measured, how to redo it.
 
-A function of its arguments alone. Writes `README.md`.
+A function of its arguments alone. Writes `README.md`, and what it was made from beside the reference, so that
+`care export` can write it again for another profile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from care_mla.configs import Form, Profile
-from care_mla.workspace import write_text
+from care_mla.export_config import ExportProfile
+from care_mla.workspace import read_json, write_json, write_text
 
+CARD = Path("care_reference") / "card.json"
+# What stock transformers loads a profile as; the profile `care` brings its own class.
+STOCK_CLASSES: dict[Profile | ExportProfile, str] = {
+    "deepseek-v3": "DeepseekV3ForCausalLM",
+    "deepseek-v2": "DeepseekV2ForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
+    "vllm": "DeepseekV3ForCausalLM",
+}
 TAGS = ["mla", "multi-head-latent-attention", "kv-cache", "care"]
 
 
@@ -42,7 +52,7 @@ class Card:
     original: str
     base_model: str | None = None
     license: str | None = None
-    profile: Profile
+    profile: Profile | ExportProfile
     form: Form
     method: str
     kv_lora_rank: int | Sequence[int]
@@ -58,8 +68,25 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write `README.md` into a folder."""
+    """Write `README.md` and its source into a folder."""
     write_text(folder / "README.md", card_text(card))
+    write_json(folder / CARD, asdict(card))
+
+
+def rewrite_card(
+    converted: Path, folder: Path, name: str, profile: ExportProfile, exported: Mapping[str, Any]
+) -> None:
+    """Write the card of a converted folder again for what was exported from it, if it has one.
+
+    Args:
+        exported: what the writer decided; the sizes in it replace those of the card.
+    """
+    if (converted / CARD).is_file():
+        card = replace(Card(**read_json(converted / CARD)), name=name, profile=profile, verify=None)
+        sizes = {key: exported[key] for key in ("kv_lora_rank", "qk_rope_head_dim") if key in exported}
+        if "cached_values" in exported:
+            sizes["cached_values"] = (card.cached_values[0], exported["cached_values"])
+        write_card(folder, replace(card, **sizes))
 
 
 def card_text(card: Card) -> str:
@@ -102,10 +129,10 @@ def _summary(card: Card) -> str:
 
 
 def _loading(card: Card) -> str:
-    is_stock = card.profile != "care"
+    is_stock = card.profile in STOCK_CLASSES
     option = "" if is_stock else ", trust_remote_code=True"
     how = (
-        "Stock transformers (5.15 or later) runs it as `DeepseekV3ForCausalLM`:"
+        f"Stock transformers (5.15 or later) runs it as `{STOCK_CLASSES[card.profile]}`:"
         if is_stock
         else "It runs in transformers (5.15 or later) by the code in this folder, `modeling.py` and "
         "`configuration.py`, which `trust_remote_code` allows:"

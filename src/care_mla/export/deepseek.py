@@ -6,7 +6,7 @@ written.
 """
 # Shapes: D hidden_size, N query heads, G KV heads, H head_dim, R kv_lora_rank, M qk_nope_head_dim,
 #         P qk_rope_head_dim, F frequencies (P/2), K query width (M+P), X = D + 1 channels of
-#         [x ; 1], O columns of o_proj (N*H) or rows of q_b_proj (N*K).
+#         [x ; 1], O columns of o_proj (N*H) or rows of q_b_proj (N*K), S vocabulary.
 
 from __future__ import annotations
 
@@ -257,6 +257,8 @@ def write_deepseek_checkpoint(
     folder: Path,
     dtype: torch.dtype,
     advance: Callable[[], None] = lambda: None,
+    *,
+    own_head: bool = False,
 ) -> dict[str, Any]:
     """Write the converted model; one layer and one shard are in memory at a time.
 
@@ -267,6 +269,7 @@ def write_deepseek_checkpoint(
         folder: created; the caller makes the whole folder atomic.
         dtype: of all weights.
         advance: called after each layer.
+        own_head: write a tied head as a tensor of its own, for engines that do not tie it.
 
     Returns:
         What the export decided, for the model card: sizes, the scale of the residual stream, and the bound
@@ -283,6 +286,11 @@ def write_deepseek_checkpoint(
     for name in source.names():
         if KEPT.fullmatch(name):
             writer.add(name, _scaled(source.tensor(name), residual_factor(name, facts), dtype))
+    if own_head and facts.tie_word_embeddings:
+        name = "model.embed_tokens.weight"
+        head_SD = _scaled(source.tensor(name), residual_factor(name, facts), dtype)
+        writer.add("lm_head.weight", head_SD.clone())
+        config["tie_word_embeddings"] = False
     norms = []
     for layer_idx in range(facts.num_hidden_layers):
         prefix = f"model.layers.{layer_idx}."

@@ -64,8 +64,8 @@ def run(folder: Path, model_impl: str = "auto") -> tuple[dict[str, Any], dict[st
         model_impl: vLLM's own class (`vllm`), the one of transformers (`transformers`), or vLLM's choice.
 
     Returns:
-        `logits_BLS` and `greedy_T`; and the class, what is cached per token in each layer, the dtype, the
-        kernel, and what is wrong.
+        `logits_BLS` and `greedy_T`; and the class, what is cached per token in each layer, the kind of cache,
+        the dtype, whether vLLM says that it uses MLA, versions, and what is wrong.
     """
     import torch
     from safetensors import safe_open
@@ -112,8 +112,17 @@ def run(folder: Path, model_impl: str = "auto") -> tuple[dict[str, Any], dict[st
         "problems": problems,
         "dtype": str(config.dtype).removeprefix("torch."),
         "uses_mla": bool(config.use_mla),
-        "kernels": sorted({type(spec).__name__ for spec in specs}),
+        "cache": sorted({type(spec).__name__ for spec in specs}),
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+    import vllm
+
+    return {"vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _class_name(model: Any) -> str:

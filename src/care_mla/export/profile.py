@@ -1,10 +1,10 @@
-"""Which profile and dtype a conversion is written in, decided before any work, and the writer of each."""
+"""Every profile in one table, and which one and which dtype a conversion is written in, before any work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, assert_never
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -13,7 +13,9 @@ from care_mla.configs import METHOD_ALLOCATION, PER_LAYER_ALLOCATIONS, PlanConfi
 from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
 from care_mla.export.hf import write_latent_checkpoint
 from care_mla.export.latent_norm import refuse_float16
+from care_mla.export.stock import check_deepseek_v2, write_deepseek_v2_checkpoint
 from care_mla.export.vllm import check_vllm, write_vllm_checkpoint
+from care_mla.export_config import ExportProfile
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.mla.mapping import class_names
@@ -21,6 +23,55 @@ from care_mla.plan import profile_blocker
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
+    from care_mla.export.converted import ConvertedFolder
+
+
+class Writer(Protocol):
+    """Writes a model: everything but attention from the source, attention from its factored layers.
+
+    Returns what it decided, for JSON.
+    """
+
+    def __call__(
+        self,
+        source: Source,
+        layers: Callable[[int], LatentLayer],
+        output: Path,
+        dtype: torch.dtype,
+        advance: Callable[[], None] = ...,
+    ) -> dict[str, Any]: ...
+
+
+class Target(NamedTuple):
+    """One profile.
+
+    `check` refuses a converted model that the profile cannot express in a dtype, by name and before any work;
+    `write` writes it; `engines` load it, as `care verify --engine` names them.
+    """
+
+    check: Callable[[ConvertedFolder, torch.dtype], None]
+    write: Writer
+    engines: tuple[str, ...]
+
+
+def _check_deepseek(model: ConvertedFolder, dtype: torch.dtype) -> None:
+    check_deepseek(model.facts, "decoupled", dtype=dtype)
+
+
+def _check_vllm(model: ConvertedFolder, dtype: torch.dtype) -> None:
+    check_vllm(model.facts, "decoupled", dtype=dtype)
+
+
+def _check_care(model: ConvertedFolder, dtype: torch.dtype) -> None:
+    class_names(model.facts)
+
+
+TARGETS: dict[Profile | ExportProfile, Target] = {
+    "deepseek-v3": Target(_check_deepseek, write_deepseek_checkpoint, ("transformers", "vllm")),
+    "deepseek-v2": Target(check_deepseek_v2, write_deepseek_v2_checkpoint, ("transformers",)),
+    "vllm": Target(_check_vllm, write_vllm_checkpoint, ("transformers", "vllm")),
+    "care": Target(_check_care, write_latent_checkpoint, ("transformers",)),
+}
 
 
 def pick_dtype(facts: ModelFacts, config: PlanConfig) -> torch.dtype:
@@ -77,12 +128,4 @@ def write_checkpoint(
     advance: Callable[[], None],
 ) -> dict[str, Any]:
     """Write the converted model; returns what the exporter decided."""
-    match profile:
-        case "deepseek-v3":
-            return write_deepseek_checkpoint(source, layers, folder, dtype, advance)
-        case "vllm":
-            return write_vllm_checkpoint(source, layers, folder, dtype, advance)
-        case "care":
-            return write_latent_checkpoint(source, layers, folder, dtype, advance)
-        case _:
-            assert_never(profile)
+    return TARGETS[profile].write(source, layers, folder, dtype, advance)

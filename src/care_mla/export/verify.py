@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,11 +30,13 @@ from care_mla.export.hf import holds_our_code
 from care_mla.export.vllm_process import run_vllm
 from care_mla.factors import LatentLayer
 from care_mla.mla.reference import Reference
-from care_mla.workspace import save_tensors
+from care_mla.workspace import save_tensors, write_json
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
 
+# The original's completed configuration: what `care export` must know of the original and cannot see.
+SOURCE_CONFIG = REFERENCE.with_name("source_config.json")
 ENGINE_SCRIPT = Path(__file__).with_name("engine_transformers.py")
 # Largest relative error of logits. Float32 gives about 2e-6; a wrong eps, RoPE layout or scale 0.2 and more.
 # The rounding of weights to bfloat16 is a part of the file, and moves logits by half to three per cent.
@@ -63,7 +66,7 @@ def store_reference(
     layers: Callable[[int], LatentLayer],
     tokens_BL: Tensor,
     *,
-    num_greedy: int = 24,
+    num_greedy: int = 64,
     num_layers: int | None = None,
     device: torch.device | str = "cpu",
     cached_values: int | None = None,
@@ -101,6 +104,28 @@ def store_reference(
         "is_slice": kept < facts.num_hidden_layers,
     }
     save_tensors(folder / REFERENCE, tensors, metadata={METADATA_KEY: json.dumps(metadata)})
+    write_json(folder / SOURCE_CONFIG, facts.config)
+
+
+def copy_reference(converted: Path, folder: Path, dtype: str, *, cached_values: int | None = None) -> None:
+    """Put the reference of a converted folder beside its export in another dtype.
+
+    The tolerance is that of the coarser one, since what was rounded once stays so.
+
+    Args:
+        dtype: of the export's weights.
+        cached_values: of every layer as exported, where the export widened the cache.
+    """
+    with safe_open(converted / REFERENCE, "pt") as file:
+        stored = json.loads(file.metadata()[METADATA_KEY])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tolerance = max(stored["tolerance"], TOLERANCES[dtype])
+    coarser = dtype if tolerance == TOLERANCES[dtype] else stored["dtype"]
+    metadata = stored | {"dtype": coarser, "tolerance": tolerance}
+    if cached_values is not None:
+        metadata["cached_values"] = [cached_values] * len(stored["cached_values"])
+    save_tensors(folder / REFERENCE, tensors, metadata={METADATA_KEY: json.dumps(metadata)})
+    shutil.copyfile(converted / SOURCE_CONFIG, folder / SOURCE_CONFIG)
 
 
 def read_reference(folder: Path) -> StoredReference:

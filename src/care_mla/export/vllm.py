@@ -2,7 +2,7 @@
 
 Every zero is exact: a latent channel that nothing writes, a key channel that no query asks for, a RoPE pair
 that is zero in keys and queries, a value channel that `o_proj` ignores. What vLLM's own class drops or
-misreads is refused by name before anything is written.
+misreads is refused by name before anything is written; a tied head, which it does not tie, becomes a tensor.
 """
 # Shapes: D hidden_size, N query heads, G KV heads, R kv_lora_rank, M qk_nope_head_dim, P qk_rope_head_dim,
 #         F frequencies (P/2), J rope-key heads (1), X anything.
@@ -24,7 +24,7 @@ from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.plan import check_profile
-from care_mla.serving import HeadDims, kernels, padded_head_dims
+from care_mla.serving import HeadDims, kernel_warnings, kernels, padded_head_dims
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
@@ -156,7 +156,7 @@ def write_vllm_checkpoint(
     """Write the converted model in sizes that vLLM's kernels take.
 
     Args and what it returns are those of `write_deepseek_checkpoint`; also the name of every kernel of vLLM
-    that takes the size.
+    that takes the size, and what to warn about.
 
     Args:
         kv_lora_rank: see `pad_for_vllm`.
@@ -172,9 +172,10 @@ def write_vllm_checkpoint(
     def padded(layer_idx: int) -> LatentLayer:
         return pad_for_vllm(layers(layer_idx), rope_theta=facts.rope_theta, kv_lora_rank=kv_lora_rank)
 
-    summary = write_deepseek_checkpoint(source, padded, folder, dtype, advance)
+    summary = write_deepseek_checkpoint(source, padded, folder, dtype, advance, own_head=True)
     first = padded(0)
     rows = kernels(
         first.kv_lora_rank, first.qk_rope_head_dim, first.up_k_GMR.shape[1], first.up_v_GHR.shape[1]
     )
-    return summary | {"profile": PROFILE, "kernels": [row.name for row in rows if row.runs]}
+    running = [row.name for row in rows if row.runs]
+    return summary | {"profile": PROFILE, "kernels": running, "warnings": kernel_warnings(rows)}

@@ -11,15 +11,18 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor
 
+from care_mla import console
 from care_mla.errors import CareError, CheckpointError
 from care_mla.export.engine_transformers import METADATA_KEY
 from care_mla.export.engine_vllm import NO_ENGINE, OLDEST
+from care_mla.workspace import read_json
 
 if TYPE_CHECKING:
     from care_mla.export.verify import StoredReference
@@ -29,13 +32,13 @@ ENGINE_SCRIPT = Path(__file__).with_name("engine_vllm.py")
 
 
 def run_vllm(
-    folder: Path, stored: StoredReference, *, model_impl: str = "auto", log: Path | None = None
+    folder: Path, stored: StoredReference, *, model_impl: str | None = None, log: Path | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Logits and greedy tokens of vLLM, and what it says about the model; see `engine_vllm.run`.
 
     Args:
         folder: a converted model, with its reference.
-        model_impl: `auto`, `vllm` or `transformers`, as vLLM's option of that name.
+        model_impl: `vllm` or `transformers`, as vLLM's option of that name; None: what the model needs.
         log: where to keep vLLM's output.
 
     Raises:
@@ -52,6 +55,11 @@ def run_vllm(
             f"{folder}: its reference is of the first layers alone, since the model was too large to compute "
             f"whole, and vLLM runs whole models. {instead}"
         )
+    if model_impl is None:
+        reason = misread(read_json(folder / "config.json"))
+        model_impl = "vllm" if reason is None else "transformers"
+        if reason is not None:
+            console.current().note(f"In vLLM with --model-impl transformers: {reason}.")
     python = os.environ.get(PYTHON_VARIABLE, sys.executable)
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "result.safetensors"
@@ -80,6 +88,17 @@ def run_vllm(
         with safe_open(result, "pt") as file:
             metadata = json.loads(file.metadata()[METADATA_KEY])
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def misread(config: Mapping[str, Any]) -> str | None:
+    """What vLLM's own class drops or misreads of a stock checkpoint, and transformers' class in vLLM does not."""
+    if config["attention_bias"]:
+        return "vLLM's own class drops attention biases"
+    if config["rope_parameters"]["rope_type"] != "default":
+        return f"vLLM's own class takes rope_type {config['rope_parameters']['rope_type']} for YaRN"
+    if config["tie_word_embeddings"]:
+        return "vLLM's own class does not tie the head to the embeddings"
+    return None
 
 
 def _no_engine(folder: Path, reason: str) -> str:
