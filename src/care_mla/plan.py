@@ -125,10 +125,10 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return "mlp_bias: DeepSeek's MLP has no biases"
     if engine != "transformers" and (facts.q_bias or facts.k_bias or facts.v_bias or facts.o_bias):
         return f"attention biases: {engine} ignores them in DeepSeek models"
-    if profile == "deepseek-v3" and engine == "vLLM" and facts.tie_word_embeddings:
-        return "tied embeddings: vLLM's DeepSeek class wants a head of its own, which profile vllm writes"
     if engine != "transformers" and facts.rope_type != "default":
         return f"rope_type {facts.rope_type}: {engine} takes it for yarn in DeepSeek models"
+    if profile == "deepseek-v3" and engine == "vLLM" and facts.tie_word_embeddings:
+        return "tied embeddings: vLLM's DeepSeek class wants a head of its own, which profile vllm writes"
     return head_dim_blocker(facts) if profile == "vllm" else None
 
 
@@ -227,6 +227,9 @@ def plan(
     dtype = config.dtype or facts.dtype
     original_parameters = parameter_count(facts)
     converted_parameters = parameter_count(facts, config.form, out_dims)
+    # The profile vllm writes a tied head as a tensor of its own.
+    writes_head = config.profile == "vllm" and facts.tie_word_embeddings
+    head = facts.vocab_size * facts.hidden_size if writes_head else 0
     kind = "cpu" if device.startswith("cpu") else "cuda"
     return Plan(
         form=config.form,
@@ -252,7 +255,7 @@ def plan(
             "layer inputs": spooled.nbytes,
             "statistics": facts.num_hidden_layers * _statistics_bytes(facts),
             "factors": facts.num_hidden_layers * 4 * _attention_parameters(facts, config.form, out_dims),
-            "output": converted_parameters * DTYPE_BYTES[dtype],
+            "output": (converted_parameters + head) * DTYPE_BYTES[dtype],
         },
         flops=_flops(facts, tokens, length, gamma_length, is_self=config.calibration == "self"),
         flops_per_second=flops_per_second or ASSUMED_FLOPS[kind],

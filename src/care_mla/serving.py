@@ -93,9 +93,9 @@ def kernel_warnings(rows: list[Kernel]) -> list[str]:
             f"vLLM has no prefill kernel on GPUs for this size: it {by_name['FLASH_ATTN'].reason}."
         )
     if not by_name["FLASHMLA"].runs:
-        fast = "FLASHINFER_MLA on Blackwell, and " if by_name["FLASHINFER_MLA"].runs else ""
+        fast = "with FLASHINFER_MLA on Blackwell and elsewhere " if by_name["FLASHINFER_MLA"].runs else ""
         warnings.append(
-            f"vLLM decodes this size with {fast}TRITON_MLA on other GPUs, not with the kernels built for 576 "
+            f"vLLM decodes this size {fast}with TRITON_MLA, not with the kernels built for 576 "
             "values. If vLLM picks another one and stops, serve it with --attention-backend TRITON_MLA. Its "
             "CPU build cannot run it."
         )

@@ -34,8 +34,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "engines"
 FIGURES = (
-    *("class", "relative_error", "max_abs_logprob_difference", "greedy_equal", "cached_values"),
-    *("kl_to_original", "passed"),
+    *("class", "relative_error", "max_abs_logprob_difference", "greedy_equal", "cached_values", "passed"),
 )
 # Lines of vLLM's log that say what it runs.
 TELLING = re.compile(

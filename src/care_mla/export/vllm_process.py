@@ -91,7 +91,7 @@ def run_vllm(
 
 
 def misread(config: Mapping[str, Any]) -> str | None:
-    """What vLLM's own class drops or misreads of a stock checkpoint, and transformers' class in vLLM does not."""
+    """What of a stock checkpoint vLLM's own class drops or misreads; transformers' class in vLLM does not."""
     if config["attention_bias"]:
         return "vLLM's own class drops attention biases"
     if config["rope_parameters"]["rope_type"] != "default":
