@@ -19,7 +19,7 @@ _MODULES = {
     "VerifyConfig": "care_mla.configs",
     "compare": "care_mla.evaluate.compare",
     "convert": "care_mla.pipeline",
-    "export": "care_mla.export.run",
+    "export_model": "care_mla.export.run",
     "verify": "care_mla.export.verify",
 }
 

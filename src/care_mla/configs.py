@@ -320,15 +320,15 @@ class VerifyConfig(CommonConfig):
     """Reload a converted model in a fresh process and compare it with the reference stored beside it."""
 
     model: Path
-    """A folder that care convert wrote."""
+    """A folder that care convert or care export wrote, or a .gguf file of care export."""
     engine: Literal["transformers", "llama.cpp", "vllm"] = "transformers"
-    """What loads it."""
+    """What loads it; llama.cpp reads a .gguf file."""
 
     def check_paths(self) -> None:
         super().check_paths()
-        if not self.model.is_dir():
+        if not (self.model.is_dir() or (self.model.suffix == ".gguf" and self.model.is_file())):
             raise OptionError(
-                f"{self.model} is not a folder, but verify reads one that care convert wrote. "
+                f"{self.model} is no folder and no .gguf file, but verify reads one that care wrote. "
                 f"Make it first: care convert MODEL {self.model}"
             )
 

@@ -58,7 +58,7 @@ def test_public_names() -> None:
         "VerifyConfig",
         "compare",
         "convert",
-        "export",
+        "export_model",
         "verify",
     ]
 

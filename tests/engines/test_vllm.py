@@ -20,7 +20,7 @@ from care_mla.checkpoint.opening import open_source
 from care_mla.configs import VerifyConfig
 from care_mla.errors import CareError
 from care_mla.export.deepseek import write_deepseek_checkpoint
-from care_mla.export.run import export as export_model
+from care_mla.export.run import export_model
 from care_mla.export.verify import judge, read_reference, store_reference, verify
 from care_mla.export.vllm import pad_for_vllm
 from care_mla.export.vllm_process import PYTHON_VARIABLE, misread, run_vllm

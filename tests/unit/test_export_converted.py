@@ -16,7 +16,7 @@ from care_mla.errors import CheckpointError, ExportError, OptionError
 from care_mla.export import engine_transformers
 from care_mla.export.converted import ConvertedFolder
 from care_mla.export.hf import write_latent_checkpoint
-from care_mla.export.run import export as export_model
+from care_mla.export.run import export_model
 from care_mla.export.verify import judge, read_reference, store_reference, verify
 from care_mla.export_config import ExportConfig
 from care_mla.mla.reference import Reference

@@ -17,7 +17,7 @@ from care_mla.checkpoint.source import Source
 from care_mla.errors import ExportError, OptionError
 from care_mla.export import engine_transformers
 from care_mla.export.deepseek import write_deepseek_checkpoint
-from care_mla.export.run import export as export_model
+from care_mla.export.run import export_model
 from care_mla.export.verify import judge, read_reference
 from care_mla.export.vllm import check_vllm, pad_for_vllm, write_vllm_checkpoint
 from care_mla.export_config import ExportConfig

@@ -132,6 +132,38 @@ def atomic_folder(output: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary file beside `output` that takes its name when the block ends without an exception.
+
+    Raises:
+        OptionError: `output` exists and `overwrite` is off, or it is a folder.
+    """
+    output = output.absolute()
+    check_output_file(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_output_file(output: Path, overwrite: bool) -> None:
+    """Check that `atomic_file` may write `output`, before the work that fills it.
+
+    Raises:
+        OptionError: `output` exists and `overwrite` is off, or it is a folder.
+    """
+    if output.is_dir():
+        raise OptionError(f"{output} is a folder, and the output is a file. Choose another name.")
+    if output.exists() and not overwrite:
+        raise OptionError(
+            f"{output} exists already. Nothing was changed. Choose another name, or add --overwrite."
+        )
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Check that `atomic_folder` may write `output`, before the work that fills it.
 

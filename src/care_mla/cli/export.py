@@ -14,9 +14,9 @@ def run(arguments: list[str]) -> int:
     """Run the command; returns its exit code."""
     start = time.perf_counter()
     config = parse(ExportConfig, "export", arguments)
-    from care_mla.export.run import export
+    from care_mla.export.run import export_model
 
-    body = export(config)
+    body = export_model(config)
     rows = [
         ["profile", body["profile"]],
         ["weights", body["quantization"]],

@@ -182,7 +182,14 @@ class ConvertedFolder(FolderSource):
         G is N here.
         """
         weights = self._attention(layer_idx)
-        return self._own_layer(weights) if self.is_own else self._stock_layer(weights)
+        return self._own_layer(weights) if self.is_own else self._stock_layer(weights, layer_idx)
+
+    def frequencies(self, layer_idx: int) -> Tensor:
+        """The angles per position of a layer's rope key, (F,), without reading its weights."""
+        if self.is_own:
+            return self._read(f"model.layers.{layer_idx}.self_attn.inv_freq")[0].double()
+        table = replace(self.facts, head_dim=self.config["qk_rope_head_dim"])
+        return torch.tensor(rotary_frequencies(table), dtype=torch.float64)
 
     def _own_layer(self, weights: dict[str, Tensor]) -> LatentLayer:
         facts, rank, rope = self.facts, self.kv_lora_rank, self.config["qk_rope_head_dim"]
@@ -210,7 +217,7 @@ class ConvertedFolder(FolderSource):
             **biases,
         )
 
-    def _stock_layer(self, weights: dict[str, Tensor]) -> LatentLayer:
+    def _stock_layer(self, weights: dict[str, Tensor], layer_idx: int) -> LatentLayer:
         """Undo what deepseek.py does: the linear norms, the order of RoPE's pairs, the scale of queries.
 
         The scale of the latent's down-projection is left as it is and its inverse goes to the
@@ -231,14 +238,13 @@ class ConvertedFolder(FolderSource):
         if "kv_a_proj_with_mqa.bias" in weights:
             k_bias_P = weights["kv_a_proj_with_mqa.bias"][rank:]
             biases["k_rope_bias_JP"] = half_split_pairs(k_bias_P, dim=0)[None]
-        table = replace(facts, head_dim=rope)
         return LatentLayer(
             form="decoupled",
             down_RD=kv_a_XD[:rank],
             up_k_GMR=up_NXR[:, :nope],
             up_v_GHR=up_NXR[:, nope:],
             q_rope_NPD=q_rope_NPX[..., :hidden],
-            inv_freq_JF=torch.tensor([rotary_frequencies(table)], dtype=torch.float64),
+            inv_freq_JF=self.frequencies(layer_idx)[None],
             q_nope_NMD=q_NKX[:, :nope, :hidden] if nope else None,
             k_rope_JPD=half_split_pairs(kv_a_XD[rank:], dim=0)[None],
             **biases,

@@ -38,7 +38,14 @@ class LinearNorm:
     up_scale: float
 
 
-def latent_norm(down_RD: Tensor, input_norm_D: Tensor) -> LinearNorm:
+def latent_norm(
+    down_RD: Tensor,
+    input_norm_D: Tensor,
+    *,
+    eps: float = NORM_EPS,
+    typical_rms: float = TYPICAL_RMS,
+    max_rms: float = MAX_RMS,
+) -> LinearNorm:
     """The norm on the latent of a layer, by a bound that needs no tokens.
 
     The attention input is w_in * x with |x| <= sqrt(D), since it comes from an RMSNorm; so the latent's rms
@@ -47,13 +54,15 @@ def latent_norm(down_RD: Tensor, input_norm_D: Tensor) -> LinearNorm:
     Args:
         down_RD: the down-projection, unscaled.
         input_norm_D: the weight of `input_layernorm`.
+        eps: of the norm on the latent in the engine.
+        typical_rms: what a typical token's scaled latent is to have; likewise `max_rms`, the bound for all.
     """
     seen_RD = down_RD.double() * input_norm_D.to(down_RD.device, torch.float64)
     rank, hidden = seen_RD.shape
     largest = torch.linalg.eigvalsh(seen_RD @ seen_RD.T)[-1].clamp_min(0).sqrt().item()
     # Of a token whose channels are independent and of unit variance.
     typical = (seen_RD.square().sum() / rank).sqrt().item()
-    return _linear_norm(largest * math.sqrt(hidden / rank), typical)
+    return _linear_norm(largest * math.sqrt(hidden / rank), typical, eps, typical_rms, max_rms)
 
 
 def query_norm(input_norm_D: Tensor) -> LinearNorm:
@@ -62,20 +71,21 @@ def query_norm(input_norm_D: Tensor) -> LinearNorm:
     hidden = len(weight_D)
     largest = weight_D.abs().max().item()
     bound = math.sqrt((hidden * largest**2 + 1) / (hidden + 1))
-    return _linear_norm(bound, math.sqrt((weight_D.square().sum().item() + 1) / (hidden + 1)))
+    typical = math.sqrt((weight_D.square().sum().item() + 1) / (hidden + 1))
+    return _linear_norm(bound, typical, NORM_EPS, TYPICAL_RMS, MAX_RMS)
 
 
-def _linear_norm(bound: float, typical: float) -> LinearNorm:
+def _linear_norm(bound: float, typical: float, eps: float, typical_rms: float, max_rms: float) -> LinearNorm:
     if bound == 0:
         bound = typical = 1.0  # nothing passes through, whatever the scale
-    down_scale = 2.0 ** math.floor(math.log2(min(MAX_RMS / bound, TYPICAL_RMS / typical)))
+    down_scale = 2.0 ** math.floor(math.log2(min(max_rms / bound, typical_rms / typical)))
     # After the norm a typical latent is about 1, which any cache dtype holds well.
-    weight = 2.0 ** round(math.log2(math.sqrt(NORM_EPS) / (down_scale * typical)))
+    weight = 2.0 ** round(math.log2(math.sqrt(eps) / (down_scale * typical)))
     return LinearNorm(
         bound=bound * down_scale,
         down_scale=down_scale,
         weight=weight,
-        up_scale=math.sqrt(NORM_EPS) / (down_scale * weight),
+        up_scale=math.sqrt(eps) / (down_scale * weight),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from care_mla import console
 from care_mla.configs import METHOD_ALLOCATION, PER_LAYER_ALLOCATIONS, PlanConfig, Profile
 from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
+from care_mla.export.gguf_model import check_gguf, write_gguf
 from care_mla.export.hf import write_latent_checkpoint
 from care_mla.export.latent_norm import refuse_float16
 from care_mla.export.stock import check_deepseek_v2, write_deepseek_v2_checkpoint
@@ -70,6 +71,7 @@ TARGETS: dict[Profile | ExportProfile, Target] = {
     "deepseek-v3": Target(_check_deepseek, write_deepseek_checkpoint, ("transformers", "vllm")),
     "deepseek-v2": Target(check_deepseek_v2, write_deepseek_v2_checkpoint, ("transformers",)),
     "vllm": Target(_check_vllm, write_vllm_checkpoint, ("transformers", "vllm")),
+    "gguf": Target(check_gguf, write_gguf, ("llama.cpp",)),
     "care": Target(_check_care, write_latent_checkpoint, ("transformers",)),
 }
 

@@ -20,12 +20,12 @@ def residual_scale(facts: ModelFacts) -> float:
     return 1.0 if facts.rms_norm_eps == NORM_EPS else math.sqrt(NORM_EPS / facts.rms_norm_eps)
 
 
-def residual_factor(name: str, facts: ModelFacts) -> float:
-    """What a source tensor of this name is multiplied by, weight or bias.
+def residual_factor(name: str, facts: ModelFacts, scale: float | None = None) -> float:
+    """What a source tensor of this name is multiplied by, weight or bias, for a scale of the stream.
 
     A tied head is the embedding and has grown by a, so the final norm takes it back.
     """
-    scale = residual_scale(facts)
+    scale = residual_scale(facts) if scale is None else scale
     module = name.split(".")[-2]
     if module in STREAM_WRITERS:
         return scale
