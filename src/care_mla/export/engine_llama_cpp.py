@@ -68,13 +68,14 @@ class Model:
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
         if not self.model:
             raise SystemExit("llama.cpp cannot load the file")
-        self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
-        self.num_words = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+        vocabulary: Any = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocabulary = vocabulary
+        self.num_words = int(llama_cpp.llama_vocab_n_tokens(self.vocabulary))
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = num_cells, num_batch, min(num_batch, 512)
         options.type_k = options.type_v = GGML_TYPE_F32
         options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = llama_cpp.llama_init_from_model(self.model, options)
+        self.context: Any = llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
             raise SystemExit("llama.cpp cannot make a context")
         self.batch = llama_cpp.llama_batch_init(num_batch, 0, 1)
@@ -82,7 +83,8 @@ class Model:
 
     def clear(self) -> None:
         """Forget all positions."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        memory: Any = llama_cpp.llama_get_memory(self.context)
+        llama_cpp.llama_memory_clear(memory, True)
         self.position = 0
 
     def logits(self, tokens_L: Sequence[int]) -> np.ndarray:
@@ -171,7 +173,9 @@ def quantize(source: Path, output: Path, name: str) -> None:
     overrides = (llama_cpp.llama_model_tensor_override * 2)()
     overrides[0].pattern, overrides[0].type = b"attn_kv_a_mqa", GGML_TYPE_BF16
     options.tt_overrides = ctypes.cast(overrides, type(options.tt_overrides))
-    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(options))
+    failed = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(output).encode(), ctypes.pointer(options)
+    )
     if failed:
         raise SystemExit(f"llama.cpp cannot quantise the file: {log.text.strip().splitlines()[-1:]}")
 

@@ -40,6 +40,7 @@ class Writer(Protocol):
         output: Path,
         dtype: torch.dtype,
         advance: Callable[[], None] = ...,
+        /,
     ) -> dict[str, Any]: ...
 
 

@@ -1,6 +1,6 @@
 """What llama.cpp makes of a converted model: fidelity, perplexity and cache by type of the weights.
 
-python benchmarks/engines/llama_cpp.py --model OUT --perplexity wiki.test.raw --json llama_cpp.json
+python benchmarks/engines/run_llama_cpp.py --model OUT --perplexity wiki.test.raw --json llama_cpp.json
 """
 # Shapes: B sequences, L positions, S vocabulary.
 
