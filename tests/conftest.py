@@ -25,7 +25,11 @@ def _unchanged_torch() -> Iterator[None]:
     torch.set_default_dtype(dtype)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "vllm" not in config.option.markexpr:  # `make test-vllm` alone names them, whatever else -m says
+        apart = [item for item in items if item.get_closest_marker("vllm")]
+        config.hook.pytest_deselected(items=apart)
+        items[:] = [item for item in items if item not in apart]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -16,7 +16,7 @@ from care_mla.errors import OptionError
 
 Form = Literal["decoupled", "exact-rope", "partial-rope"]
 Allocation = Literal["uniform", "greedy", "care-eq1", "care-code", "auto"]
-Profile = Literal["deepseek-v3", "mistral4", "deepseek-v2", "care"]
+Profile = Literal["deepseek-v3", "vllm", "mistral4", "deepseek-v2", "care"]
 
 DEFAULT_BUDGET = 0.5
 METHODS: dict[Form, tuple[str, ...]] = {
@@ -160,8 +160,8 @@ class PlanConfig(CommonConfig, CalibrationConfig):
     method: str = "fisher"
     """How the low-rank factors are found; an unknown name lists the ones there are."""
     profile: Profile | None = None
-    """deepseek-v3: stock engines load it. mistral4, deepseek-v2: the same for mixtures of
-    experts. care: our own class. None: a stock one if it can be."""
+    """deepseek-v3: stock engines load it. vllm: and its kernels. mistral4, deepseek-v2: the
+    same for mixtures of experts. care: our own class. None: a stock one if it can be."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,6 +25,8 @@ class ExportConfig(CommonConfig):
     """What to write. None: gguf where OUTPUT ends in .gguf, else deepseek-v3."""
     quantization: Quantization | None = None
     """Of the weights; f16 and q types with --profile gguf alone. None: as MODEL stores them."""
+    kv_lora_rank: int | None = None
+    """With --profile vllm: zeros up to this rank, such as 512 for the kernels of 576 cached values."""
     overwrite: bool = False
     """Dangerous: replace OUTPUT, and the reference beside a .gguf file, if it exists."""
 
@@ -36,6 +38,11 @@ class ExportConfig(CommonConfig):
         _choice("--profile", self.profile, get_args(ExportProfile))
         if self.quantization is not None:
             _choice("--quantization", self.quantization, get_args(Quantization))
+        if self.kv_lora_rank is not None and self.profile != "vllm":
+            raise OptionError(
+                f"--kv-lora-rank {self.kv_lora_rank} widens the latent for vLLM's kernels, and --profile "
+                f"{self.profile} has no use for it. Leave it out, or choose --profile vllm."
+            )
         if self.profile == "gguf" and not is_file:
             raise OptionError(
                 f"{self.output} does not end in .gguf, and --profile gguf writes one file that does. Nothing "

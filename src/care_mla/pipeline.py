@@ -31,6 +31,7 @@ from care_mla.forms import check_form
 from care_mla.mla.choose import Choice, candidates, choose
 from care_mla.plan import plan
 from care_mla.recipe import recipe_text
+from care_mla.serving import fit_vllm
 from care_mla.versions import versions
 from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, write_json, write_text
 
@@ -53,6 +54,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         source = open_source(config.model, trust_remote_code=config.trust_remote_code)
         check_form(source.facts, config.form)
         device = pick_device(config.device)
+        config, size_warnings = fit_vllm(source.facts, config)
         wanted = variants(source.facts, config, form=config.form, method=config.method)
         profile = pick_profile(source.facts, config)
         dtype = pick_dtype(source.facts, config)
@@ -72,7 +74,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             profile=profile,
         )
     )
-    for warning in planned.warnings:
+    for warning in (*planned.warnings, *size_warnings):
         console.warn(warning)
     stack = LayerStack(source, device=device)
     with stages("calibrate"):
@@ -102,15 +104,22 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             console.step("Computing the reference in float64")
             tokens_BL = blocks.held_out_BL[:VERIFY_BLOCKS, :VERIFY_LENGTH]
             num_layers = None if whole_model_fits(source, device) else min(SLICE_LAYERS, stack.num_layers)
-            store_reference(folder, source, layers, tokens_BL, device=device, num_layers=num_layers)
+            # The export may widen the cache for its kernels' sake.
+            cached = exported.get("cached_values")
+            store_reference(
+                folder, source, layers, tokens_BL, device=device, num_layers=num_layers, cached_values=cached
+            )
             write_text(folder / "recipe.yaml", recipe)
         with stages("verify"):
             console.step("Verifying in a fresh process without care_mla")
             verdict = verify(VerifyConfig(model=folder, quiet=config.quiet))
         result = {
-            "cached_values": {"original": source.facts.cached_values, "converted": _mean_cached(layer_rows)},
+            "cached_values": {
+                "original": source.facts.cached_values,
+                "converted": cached or _mean_cached(layer_rows),
+            },
             "kv_lora_rank": choice.kv_lora_rank,
-            "qk_rope_head_dim": choice.variant.qk_rope_head_dim,
+            "qk_rope_head_dim": exported.get("qk_rope_head_dim", choice.variant.qk_rope_head_dim),
             "freqfold": choice.variant.freqfold,
             "form": config.form,
             "method": config.method,

@@ -20,6 +20,7 @@ from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
 from care_mla.forms import check_form, needs_healing
 from care_mla.routers import router_blocker
+from care_mla.serving import head_dim_blocker
 
 GIB = 2**30
 ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at once
@@ -118,6 +119,8 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
     biases and scaled RoPE in transformers alone; each has a router of its own. What depends on more than the
     model (form, ranks, dtype) is checked in export/deepseek.py, which asks here first.
     """
+    if profile == "vllm":
+        engine = "vLLM"
     if profile == "care":
         return None if engine == "transformers" else "our own class runs in transformers"
     if facts.sliding_window is not None and facts.sliding_window < facts.max_position_embeddings:
@@ -132,7 +135,9 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return f"attention biases: {engine} ignores them in DeepSeek models"
     if engine != "transformers" and facts.rope_type != "default":
         return f"rope_type {facts.rope_type}: {engine} takes it for yarn in DeepSeek models"
-    return None
+    if profile == "deepseek-v3" and engine == "vLLM" and facts.tie_word_embeddings:
+        return "tied embeddings: vLLM's DeepSeek class wants a head of its own, which profile vllm writes"
+    return head_dim_blocker(facts) if profile == "vllm" else None
 
 
 def stock_profile(facts: ModelFacts) -> tuple[Profile | None, str]:
@@ -152,10 +157,16 @@ def check_profile(facts: ModelFacts, profile: Profile, *, engine: str = "transfo
     blocker = profile_blocker(facts, profile, engine=engine)
     if blocker is not None:
         stock, _ = stock_profile(facts)
-        other = "" if stock is None else f"--profile {stock}, which stock transformers runs, or "
+        instead = "" if stock is None else f"--profile {stock}, which stock transformers runs, or "
+        instead += "--profile care, our own transformers class, which keeps it exactly."
+        if profile == "vllm" and stock == "deepseek-v3":
+            instead = (
+                "--profile deepseek-v3, and serve it by transformers' class inside vLLM: vllm serve OUT "
+                "--model-impl transformers"
+            )
         raise ExportError(
             f"--profile {profile} cannot express this {facts.family} model ({blocker}). Nothing was written. "
-            f"Choose {other}--profile care, our own transformers class, which keeps it exactly."
+            f"Choose {instead}"
         )
 
 
@@ -237,6 +248,9 @@ def plan(
     dtype = config.dtype or facts.dtype
     original_parameters = parameter_count(facts)
     converted_parameters = parameter_count(facts, config.form, out_dims)
+    # The profile vllm writes a tied head as a tensor of its own.
+    writes_head = config.profile == "vllm" and facts.tie_word_embeddings
+    head = facts.vocab_size * facts.hidden_size if writes_head else 0
     kind = "cpu" if device.startswith("cpu") else "cuda"
     return Plan(
         form=config.form,
@@ -262,7 +276,7 @@ def plan(
             "layer inputs": spooled.nbytes,
             "statistics": facts.num_hidden_layers * _statistics_bytes(facts),
             "factors": facts.num_hidden_layers * 4 * _attention_parameters(facts, config.form, out_dims),
-            "output": converted_parameters * DTYPE_BYTES[dtype],
+            "output": (converted_parameters + head) * DTYPE_BYTES[dtype],
         },
         flops=_flops(facts, tokens, length, gamma_length, is_self=config.calibration == "self"),
         flops_per_second=flops_per_second or ASSUMED_FLOPS[kind],

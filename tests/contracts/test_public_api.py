@@ -42,7 +42,7 @@ OPTIONS = {
     "convert": f"{CALIBRATION} form method profile output overwrite",
     "compare": f"{CALIBRATION} methods form perplexity block max_tokens",
     "evaluate": "quiet json models perplexity block max_tokens device trust_remote_code",
-    "export": "quiet json model output profile quantization overwrite",
+    "export": "quiet json model output profile quantization kv_lora_rank overwrite",
     "verify": "quiet json model engine",
     "demo": "quiet json folder overwrite",
 }

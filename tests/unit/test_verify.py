@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from care_mla.checkpoint.opening import open_source
 from care_mla.configs import VerifyConfig
-from care_mla.errors import CareError, CheckpointError
+from care_mla.errors import CheckpointError
 from care_mla.export import engine_transformers
 from care_mla.export.hf import write_latent_checkpoint
 from care_mla.export.verify import judge, read_reference, store_reference, verify
@@ -222,11 +222,6 @@ def test_large_models_are_checked_by_their_first_layers(form: str, tmp_path) -> 
     assert relative_error(stored.reference_BLS, whole_BLS) > 0.1
     body = verify_here(out)
     assert body["passed"], body["problems"]
-
-
-def test_engines_to_come_are_refused_by_name(tmp_path) -> None:
-    with pytest.raises(CareError, match=r"vllm cannot be checked yet.*care verify"):
-        verify(VerifyConfig(model=tmp_path, engine="vllm"))
 
 
 def test_folders_that_hold_no_converted_model(tmp_path) -> None:

@@ -15,11 +15,13 @@ from care_mla.errors import OptionError, UnsupportedModelError
 from care_mla.facts import ModelFacts
 from care_mla.forms import form_blocker, needs_healing
 from care_mla.plan import profile_blocker
+from care_mla.serving import fast_budgets, kernel_summary
 
 BUDGETS = (1.0, 0.5, 0.25, 0.125)
 PROFILES: tuple[tuple[Profile, str], ...] = (
     ("deepseek-v3", "transformers"),
     ("deepseek-v3", "vLLM"),
+    ("vllm", "vLLM"),
     ("deepseek-v3", "SGLang"),
     ("mistral4", "transformers"),
     ("deepseek-v2", "transformers"),
@@ -70,10 +72,15 @@ def describe(facts: ModelFacts) -> dict[str, Any]:
         "qk_norm": facts.qk_norm,
         "dtype": facts.dtype,
         "cached_values": facts.cached_values,
-        "ranks": [row for budget in BUDGETS for row in _ranks(facts, budget)],
+        "ranks": [row for budget in _budgets(facts) for row in _ranks(facts, budget)],
         "forms": [_form(facts, form) for form in get_args(Form)],
         "profiles": [_profile(facts, profile, engine) for profile, engine in PROFILES],
     }
+
+
+def _budgets(facts: ModelFacts) -> list[float]:
+    """Halves, and those of the sizes that vLLM's fast kernels take, largest first."""
+    return sorted({*BUDGETS, *fast_budgets(facts).values()}, reverse=True)
 
 
 def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
@@ -88,7 +95,13 @@ def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
     except OptionError:
         return []
     return [
-        {**dims._asdict(), "form": form, "budget": budget, "cached_values": cached_values(facts, form, dims)}
+        {
+            **dims._asdict(),
+            "form": form,
+            "budget": budget,
+            "cached_values": cached_values(facts, form, dims),
+            "vllm_kernels": kernel_summary(facts, dims) if form == "decoupled" else "-",
+        }
         for dims in candidates
     ]
 
@@ -134,10 +147,16 @@ def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
     ]
     terminal.table(model, ["", "value"], rows)
     ranks = [
-        [f"{row['budget']:g}", row["kv_lora_rank"], row["qk_rope_head_dim"], row["cached_values"]]
+        [
+            f"{row['budget']:g}",
+            row["kv_lora_rank"],
+            row["qk_rope_head_dim"],
+            row["cached_values"],
+            row["vllm_kernels"],
+        ]
         for row in body["ranks"]
     ]
-    columns = ["--budget", "kv_lora_rank", "qk_rope_head_dim", "cached values"]
+    columns = ["--budget", "kv_lora_rank", "qk_rope_head_dim", "cached values", "decode in vLLM"]
     form = next((row["form"] for row in body["ranks"]), "decoupled")
     terminal.table(f"Possible sizes of an MLA cache (--form {form})", columns, ranks)
     terminal.table("Forms", ["form", "possible"], [[row["form"], _form_answer(row)] for row in body["forms"]])

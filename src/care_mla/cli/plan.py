@@ -9,6 +9,7 @@ from care_mla.cli.options import parse
 from care_mla.cli.result import finish
 from care_mla.configs import PlanConfig
 from care_mla.plan import GIB, Plan, machine_memory, plan
+from care_mla.serving import fit_vllm, kernel_summary
 
 
 def run(arguments: list[str]) -> int:
@@ -18,16 +19,19 @@ def run(arguments: list[str]) -> int:
     from care_mla.checkpoint.opening import open_source
 
     facts = open_source(config.model, trust_remote_code=config.trust_remote_code, weights=False).facts
+    config, size_warnings = fit_vllm(facts, config)
     device, memory_bytes = _device(config.device)
     result = plan(
         facts, config, device=device, memory_bytes=memory_bytes, flops_per_second=_measured_rate(device)
     )
-    for warning in result.warnings:
+    for warning in (*result.warnings, *size_warnings):
         console.current().warn(warning)
     for reason in result.needs_healing:
         console.current().warn(f"needs healing: --form {config.form} is approximate, since {reason}")
-    _print(config.model, result, device, memory_bytes)
-    finish(config, "plan", start, {"model": config.model, "device": device} | result.as_json())
+    kernels = [kernel_summary(facts, dims) for dims in result.candidates if config.form == "decoupled"]
+    _print(config.model, result, device, memory_bytes, kernels)
+    body = {"model": config.model, "device": device, "vllm_kernels": kernels}
+    finish(config, "plan", start, body | result.as_json())
     return 0
 
 
@@ -60,7 +64,7 @@ def _measured_rate(device: str) -> float:
     return 2 * size**3 / best
 
 
-def _print(model: str, result: Plan, device: str, memory_bytes: int) -> None:
+def _print(model: str, result: Plan, device: str, memory_bytes: int, kernels: list[str]) -> None:
     terminal = console.current()
     values, cache = result.cached_values, result.cache_bytes_per_token
     share = values["converted"] / values["original"]
@@ -78,6 +82,7 @@ def _print(model: str, result: Plan, device: str, memory_bytes: int) -> None:
             ["cache, bytes per token (16 bit)", cache["original"], cache["converted"]],
             ["parameters", result.parameters["original"], result.parameters["converted"]],
             ["latent + RoPE key", "-", widths],
+            *([["decode kernels in vLLM", "-", " or ".join(dict.fromkeys(kernels))]] if kernels else []),
         ],
     )
     sequences = -(-result.calibration_tokens // result.sequence_length)

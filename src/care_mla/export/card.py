@@ -76,12 +76,20 @@ def write_card(folder: Path, card: Card) -> None:
     write_json(folder / CARD, asdict(card))
 
 
-def rewrite_card(converted: Path, folder: Path, name: str, profile: ExportProfile) -> None:
-    """Write the card of a converted folder again for what was exported from it, if it has one."""
+def rewrite_card(
+    converted: Path, folder: Path, name: str, profile: ExportProfile, exported: Mapping[str, Any]
+) -> None:
+    """Write the card of a converted folder again for what was exported from it, if it has one.
+
+    Args:
+        exported: what the writer decided; the sizes in it replace those of the card.
+    """
     if (converted / CARD).is_file():
-        write_card(
-            folder, replace(Card(**read_json(converted / CARD)), name=name, profile=profile, verify=None)
-        )
+        card = replace(Card(**read_json(converted / CARD)), name=name, profile=profile, verify=None)
+        sizes = {key: exported[key] for key in ("kv_lora_rank", "qk_rope_head_dim") if key in exported}
+        if "cached_values" in exported:
+            sizes["cached_values"] = (card.cached_values[0], exported["cached_values"])
+        write_card(folder, replace(card, **sizes))
 
 
 def card_text(card: Card) -> str:

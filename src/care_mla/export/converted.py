@@ -82,6 +82,7 @@ class ConvertedFolder(FolderSource):
         return replace(
             facts,
             rms_norm_eps=self.config["rms_norm_eps"],
+            tie_word_embeddings=self.config["tie_word_embeddings"],
             rope_parameters=rope,
             rope_theta=rope["rope_theta"],
             q_bias=self.config["q_lora_rank"] is not None,

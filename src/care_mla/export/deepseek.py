@@ -6,7 +6,7 @@ written.
 """
 # Shapes: D hidden_size, N query heads, G KV heads, H head_dim, R kv_lora_rank, M qk_nope_head_dim,
 #         P qk_rope_head_dim, F frequencies (P/2), K query width (M+P), X = D + 1 channels of
-#         [x ; 1], O columns of o_proj (N*H) or rows of q_b_proj (N*K).
+#         [x ; 1], O columns of o_proj (N*H) or rows of q_b_proj (N*K), S vocabulary.
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AutoConfig
 
 from care_mla.checkpoint.writer import ShardWriter
@@ -182,9 +183,13 @@ def attention_tensors(
     assert layer.k_rope_JPD is not None
     assert layer.q_norm_XH is None and layer.k_norm_XH is None, "no norm in a decoupled layer"  # noqa: PT018
     assert len(layer.k_rope_JPD) == 1
+    heads, value = len(layer.q_rope_NPD), layer.up_v_GHR.shape[1]
+    head_dim = o_weight_DO.shape[1] // heads
+    # Values may be wider than the source's, in zeros, for engines' sake (vllm.py).
+    o_weight_DO = pad(o_weight_DO.unflatten(1, (heads, head_dim)), (0, value - head_dim)).flatten(1)
     norm = latent_norm(layer.down_RD, input_norm_D)
     up_GKR = torch.cat((layer.up_k_GMR, layer.up_v_GHR), dim=1) * norm.up_scale
-    per_group = len(layer.q_rope_NPD) // len(up_GKR)
+    per_group = heads // len(up_GKR)
     k_rope_PD = neighbour_pairs(layer.k_rope_JPD[0], dim=0)
     tensors = {
         "kv_a_proj_with_mqa.weight": torch.cat((layer.down_RD * norm.down_scale, k_rope_PD)),
@@ -192,7 +197,7 @@ def attention_tensors(
         "kv_b_proj.weight": up_GKR.repeat_interleave(per_group, dim=0).flatten(0, 1),
         "o_proj.weight": o_weight_DO.double() * stream_scale,
     }
-    tensors |= _query_tensors(layer, input_norm_D, has_bias=has_query_bias)
+    tensors |= _query_tensors(layer, input_norm_D, head_dim, has_bias=has_query_bias)
     if has_bias:
         tensors["kv_a_proj_with_mqa.bias"] = _rope_key_bias(layer)
         tensors["o_proj.bias"] = _output_bias(layer, o_weight_DO, o_bias_D) * stream_scale
@@ -209,9 +214,11 @@ def _queries(nope_NMD: Tensor | None, rope_NPD: Tensor, head_dim: int) -> Tensor
     return q_NKD.flatten(0, 1) * math.sqrt(q_NKD.shape[1] / head_dim)
 
 
-def _query_tensors(layer: LatentLayer, input_norm_D: Tensor, *, has_bias: bool) -> dict[str, Tensor]:
+def _query_tensors(
+    layer: LatentLayer, input_norm_D: Tensor, head_dim: int, *, has_bias: bool
+) -> dict[str, Tensor]:
     """Queries; with a bias, q_a gives [x ; 1] through a linear norm and q_b is [W_q, b_q]."""
-    nope_NMD, rope_NPD, head_dim = layer.q_nope_NMD, layer.q_rope_NPD, layer.up_v_GHR.shape[1]
+    nope_NMD, rope_NPD = layer.q_nope_NMD, layer.q_rope_NPD
     if not has_bias:
         return {"q_proj.weight": _queries(nope_NMD, rope_NPD, head_dim)}
     hidden = rope_NPD.shape[2]
@@ -263,6 +270,7 @@ def write_deepseek_checkpoint(
     *,
     profile: Profile = PROFILE,
     engine: str = "transformers",
+    own_head: bool = False,
 ) -> dict[str, Any]:
     """Write the converted model; one layer and one shard are in memory at a time.
 
@@ -275,6 +283,7 @@ def write_deepseek_checkpoint(
         advance: called after each layer.
         profile: whose class it is for; of deepseek-v2 only the name is left to the caller (stock.py).
         engine: that must run it exactly.
+        own_head: write a tied head as a tensor of its own, for engines that do not tie it.
 
     Returns:
         What the export decided, for the model card: sizes, the scale of the residual stream, and the bound
@@ -285,12 +294,17 @@ def write_deepseek_checkpoint(
     """
     facts = source.facts
     dims = _checked_dims(source, layers, dtype, profile, engine)
-    config = deepseek_config(facts, dims, dtype, profile)
+    config = deepseek_config(facts, dims, dtype, profile) | {"v_head_dim": layers(0).up_v_GHR.shape[1]}
     has_query_bias = config["q_lora_rank"] is not None
     writer = ShardWriter(folder)
     for name in source.names():
         if KEPT.fullmatch(name) and ".mlp.experts." not in name:
             writer.add(name, _scaled(source.tensor(name), residual_factor(name, facts), dtype))
+    if own_head and facts.tie_word_embeddings:
+        name = "model.embed_tokens.weight"
+        head_SD = _scaled(source.tensor(name), residual_factor(name, facts), dtype)
+        writer.add("lm_head.weight", head_SD.clone())
+        config["tie_word_embeddings"] = False
     norms = []
     for layer_idx in range(facts.num_hidden_layers):
         prefix = f"model.layers.{layer_idx}."

@@ -20,6 +20,7 @@ from care_mla.export.stock import (
     write_deepseek_v2_checkpoint,
     write_mistral4_checkpoint,
 )
+from care_mla.export.vllm import check_vllm, write_vllm_checkpoint
 from care_mla.export_config import ExportProfile
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
@@ -64,6 +65,10 @@ def _check_deepseek(model: ConvertedFolder, dtype: torch.dtype) -> None:
     check_deepseek(model.facts, "decoupled", dtype=dtype)
 
 
+def _check_vllm(model: ConvertedFolder, dtype: torch.dtype) -> None:
+    check_vllm(model.facts, "decoupled", dtype=dtype)
+
+
 def _check_care(model: ConvertedFolder, dtype: torch.dtype) -> None:
     class_names(model.facts)
 
@@ -72,6 +77,7 @@ TARGETS: dict[Profile | ExportProfile, Target] = {
     "deepseek-v3": Target(_check_deepseek, write_deepseek_checkpoint, ("transformers", "vllm")),
     "deepseek-v2": Target(check_deepseek_v2, write_deepseek_v2_checkpoint, ("transformers", "vllm")),
     "mistral4": Target(check_mistral4, write_mistral4_checkpoint, ("transformers",)),
+    "vllm": Target(_check_vllm, write_vllm_checkpoint, ("transformers", "vllm")),
     "gguf": Target(check_gguf, write_gguf, ("llama.cpp",)),
     "care": Target(_check_care, write_latent_checkpoint, ("transformers",)),
 }
@@ -106,6 +112,9 @@ def pick_profile(facts: ModelFacts, config: PlanConfig) -> Profile:
         UnsupportedModelError: none can.
     """
     spread = METHOD_ALLOCATION.get(config.method, config.allocation)
+    if config.profile == "vllm":
+        check_vllm(facts, config.form, dtype=torch.float32)
+        return config.profile
     if config.profile not in (None, "care"):
         check_deepseek(facts, config.form, dtype=torch.float32, profile=config.profile)
         return config.profile

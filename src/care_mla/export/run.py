@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from care_mla.export.gguf_vocabulary import has_tokenizer
 from care_mla.export.llama_cpp import quantize, reference_path, require_llama_cpp, write_reference
 from care_mla.export.profile import TARGETS, Target
 from care_mla.export.verify import copy_reference, read_reference
+from care_mla.export.vllm import write_vllm_checkpoint
 from care_mla.export_config import ExportConfig, ExportProfile
 from care_mla.plan import STOCK_PROFILES, profile_blocker
 
@@ -63,6 +65,9 @@ def _export_folder(
 ) -> dict[str, Any]:
     dtype = DTYPES[quantization]
     target.check(model, dtype)
+    write = target.write
+    if config.kv_lora_rank is not None:
+        write = partial(write_vllm_checkpoint, kv_lora_rank=config.kv_lora_rank)
     check_output(config.output, config.overwrite)
     size = dtype.itemsize * sum(path.stat().st_size for path in model.files) // model_itemsize(model)
     require_disk({config.output.absolute().parent: size})
@@ -70,12 +75,15 @@ def _export_folder(
     with atomic_folder(config.output, config.overwrite) as folder:
         title = f"Writing {config.output}"
         with terminal.current().progress(title, model.facts.num_hidden_layers) as progress:
-            summary = target.write(model, model.latent_layer, folder, dtype, progress.advance)
-        copy_reference(config.model, folder, str(dtype).removeprefix("torch."))
-        rewrite_card(config.model, folder, config.output.name, config.profile)
+            summary = write(model, model.latent_layer, folder, dtype, progress.advance)
+        cached = summary.get("cached_values")
+        copy_reference(config.model, folder, str(dtype).removeprefix("torch."), cached_values=cached)
+        rewrite_card(config.model, folder, config.output.name, config.profile, summary)
         if (config.model / RECIPE).is_file():
             shutil.copyfile(config.model / RECIPE, folder / RECIPE)
         written = _nbytes(folder)
+    for warning in summary.pop("warnings", ()):
+        terminal.current().warn(warning)
     return {
         **summary,
         "profile": config.profile,

@@ -24,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from care_mla.configs import VerifyConfig
-from care_mla.errors import CareError, CheckpointError, OptionError
+from care_mla.errors import CheckpointError, OptionError
 from care_mla.export.engine_transformers import METADATA_KEY, OWN_MODEL_TYPE, REFERENCE
 from care_mla.export.hf import holds_our_code
+from care_mla.export.vllm_process import run_vllm
 from care_mla.factors import LatentLayer
 from care_mla.mla.reference import Reference
 from care_mla.workspace import save_tensors, write_json
@@ -68,6 +69,7 @@ def store_reference(
     num_greedy: int = 64,
     num_layers: int | None = None,
     device: torch.device | str = "cpu",
+    cached_values: int | None = None,
 ) -> None:
     """Compute the reference in float64 and store it with a converted model.
 
@@ -79,6 +81,7 @@ def store_reference(
         num_layers: only so many of the first layers, for models too large to run whole; `verify` then cuts
             the engine's model too.
         device: where the reference runs.
+        cached_values: of every layer as exported; None: those of the factors.
     """
     facts = source.facts
     kept = facts.num_hidden_layers if num_layers is None else num_layers
@@ -96,7 +99,7 @@ def store_reference(
         "form": layers(0).form,
         "dtype": dtype,
         "tolerance": TOLERANCES[dtype],
-        "cached_values": [layers(layer_idx).cached_values for layer_idx in range(kept)],
+        "cached_values": [cached_values or layers(layer_idx).cached_values for layer_idx in range(kept)],
         "num_layers": kept,
         "is_slice": kept < facts.num_hidden_layers,
     }
@@ -104,10 +107,14 @@ def store_reference(
     write_json(folder / SOURCE_CONFIG, facts.config)
 
 
-def copy_reference(converted: Path, folder: Path, dtype: str) -> None:
+def copy_reference(converted: Path, folder: Path, dtype: str, *, cached_values: int | None = None) -> None:
     """Put the reference of a converted folder beside its export in another dtype.
 
     The tolerance is that of the coarser one, since what was rounded once stays so.
+
+    Args:
+        dtype: of the export's weights.
+        cached_values: of every layer as exported, where the export widened the cache.
     """
     with safe_open(converted / REFERENCE, "pt") as file:
         stored = json.loads(file.metadata()[METADATA_KEY])
@@ -115,6 +122,8 @@ def copy_reference(converted: Path, folder: Path, dtype: str) -> None:
     tolerance = max(stored["tolerance"], TOLERANCES[dtype])
     coarser = dtype if tolerance == TOLERANCES[dtype] else stored["dtype"]
     metadata = stored | {"dtype": coarser, "tolerance": tolerance}
+    if cached_values is not None:
+        metadata["cached_values"] = [cached_values] * len(stored["cached_values"])
     save_tensors(folder / REFERENCE, tensors, metadata={METADATA_KEY: json.dumps(metadata)})
     shutil.copyfile(converted / SOURCE_CONFIG, folder / SOURCE_CONFIG)
 
@@ -181,12 +190,12 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         raise OptionError(
             f"{config.model} is a file for llama.cpp. Try: care verify {config.model} --engine llama.cpp"
         )
-    if config.engine != "transformers":
-        raise CareError(
-            f"--engine {config.engine} cannot be checked yet. The same weights can be checked now with: "
-            f"care verify {config.model} --engine transformers"
-        )
     stored = read_reference(config.model)
+    if config.engine == "vllm":
+        tensors, metadata = run_vllm(config.model, stored)
+        if metadata["dtype"] != "float32":  # a GPU's kernels round, whatever the file holds
+            stored = replace(stored, dtype="bfloat16", tolerance=TOLERANCES["bfloat16"])
+        return {"engine": config.engine, **judge(stored, tensors, metadata)}
     if stored.runs_code and not holds_our_code(config.model):
         raise CheckpointError(
             f"{config.model}: its modeling.py is not the one of this version of care, so it is not run "
