@@ -14,10 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from care_mla.budget import Dims, cached_values, resolve_dims
+from care_mla.budget import MAX_ROPE_HEAD_DIM, Dims, cached_values, resolve_dims
 from care_mla.configs import CalibrationConfig, Form, PlanConfig, Profile
+from care_mla.engines import engine_blocker
 from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
+from care_mla.families.effects import check_effects, has_biases
+from care_mla.families.rope_scaling import switches_table
+from care_mla.families.rope_table import decoupled_rope
 
 GIB = 2**30
 ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at once
@@ -107,12 +111,24 @@ def machine_memory() -> int:
     return total if text == "max" else min(total, int(text))
 
 
-def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> str | None:
+def profile_blocker(
+    facts: ModelFacts,
+    profile: Profile,
+    *,
+    engine: str = "transformers",
+    unscaled_rope: bool = False,
+    absorbs_biases: bool = False,
+) -> str | None:
     """Why a profile cannot express this model exactly in an engine; None where it can.
 
-    deepseek-v3 has no sliding window and no MLP bias anywhere, and attention biases and scaled RoPE in
+    deepseek-v3 has no sliding window and no MLP bias anywhere, and attention biases and most scaled RoPE in
     transformers alone. What depends on more than the model (form, ranks, dtype) is checked in
     export/deepseek.py, which asks here first.
+
+    Args:
+        engine: by its name in `engines.ENGINES`.
+        unscaled_rope: whether RoPE is kept on unscaled frequencies alone (--rope-table unscaled).
+        absorbs_biases: whether biases go into the weights (--biases absorb).
     """
     if profile == "care":
         return None if engine == "transformers" else "our own class runs in transformers"
@@ -120,11 +136,9 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return f"sliding_window {facts.sliding_window}: DeepSeek's attention sees all positions"
     if facts.mlp_bias:
         return "mlp_bias: DeepSeek's MLP has no biases"
-    if engine != "transformers" and (facts.q_bias or facts.k_bias or facts.v_bias or facts.o_bias):
-        return f"attention biases: {engine} ignores them in DeepSeek models"
-    if engine != "transformers" and facts.rope_type != "default":
-        return f"rope_type {facts.rope_type}: {engine} takes it for yarn in DeepSeek models"
-    return None
+    rope = decoupled_rope(facts, min(facts.head_dim, MAX_ROPE_HEAD_DIM), unscaled_only=unscaled_rope)
+    biased = facts.o_bias or (has_biases(facts) and not absorbs_biases)
+    return engine_blocker({"attention_bias": biased, "rope_parameters": rope}, engine)
 
 
 def check_profile(facts: ModelFacts, profile: Profile) -> None:
@@ -202,11 +216,12 @@ def plan(
         flops_per_second: of large float32 matrix products; None takes ASSUMED_FLOPS.
 
     Raises:
-        OptionError: the options fit no rank of this model.
+        OptionError: the options fit no rank of this model, or have no effect on it.
         ExportError: the profile cannot express the model.
     """
     if config.profile is not None:
         check_profile(facts, config.profile)
+    check_effects(facts, config)
     candidates = resolve_dims(facts, config, form=config.form, method=config.method)
     tokens, length = resolve_calibration(facts, config, device=device)
     gamma_length = rotation_length(facts, memory_bytes)
@@ -343,6 +358,12 @@ def _flops(facts: ModelFacts, tokens: int, length: int, gamma_length: int, *, is
 
 def _warnings(facts: ModelFacts, tokens: int, gamma_length: int) -> list[str]:
     warnings = []
+    if switches_table(facts.rope_parameters):
+        warnings.append(
+            f"longrope takes other angles beyond {facts.max_position_embeddings} positions, and a converted "
+            "model has one table: the one up to there, which is now its max_position_embeddings. For longer "
+            "texts put long_factor in place of short_factor in a copy of config.json, and convert that."
+        )
     if tokens < facts.hidden_size:
         warnings.append(
             f"{tokens} calibration tokens are fewer than hidden_size {facts.hidden_size}: the covariance is "

@@ -25,6 +25,8 @@ BASE = {
     "budget",
     "device",
     "versions",
+    "engines",
+    "decoupled_options",
 }
 STEPS = [
     *("families", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
@@ -39,6 +41,7 @@ LIGHT = [
         "care_mla.configs",
         "care_mla.recipe",
         "care_mla.budget",
+        "care_mla.engines",
     ),
     *("care_mla.plan", "care_mla.workspace", "care_mla.console", "care_mla.families"),
     *(f"care_mla.cli.{path.stem}" for path in sorted((PACKAGE / "cli").glob("*.py"))),

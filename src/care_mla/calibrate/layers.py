@@ -41,11 +41,13 @@ class LayerStack:
             self._model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         # Rotary buffers are computed, not stored, so they must be born on the real device.
         self._rotary = type(self._model.model.rotary_emb)(config=self.config).to(device)
+        # longrope changes its buffer when it sees a longer text.
+        self._inv_freq_F = self._rotary.inv_freq.clone()
 
     @property
     def inv_freq_F(self) -> Tensor:
         """RoPE's angle per position of each frequency."""
-        return self._rotary.inv_freq
+        return self._inv_freq_F
 
     @property
     def rope_scale(self) -> float:

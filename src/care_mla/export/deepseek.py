@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ from transformers import AutoConfig
 
 from care_mla.checkpoint.writer import ShardWriter
 from care_mla.configs import Form
+from care_mla.engines import engine_verdicts
 from care_mla.errors import ExportError
 from care_mla.export.latent_norm import NORM_EPS, LinearNorm, latent_norm, query_norm, refuse_float16
 from care_mla.export.residual import residual_factor, residual_scale
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
-from care_mla.families.rope import llama3_frequency
+from care_mla.families.rope_table import WrittenRope, plain_frequencies, written_rope
 from care_mla.mla.mapping import LatentDims
 from care_mla.plan import check_profile
 from care_mla.workspace import write_json
@@ -72,32 +73,35 @@ def check_deepseek(
         )
 
 
-def check_layer(facts: ModelFacts, layer: LatentLayer, layer_idx: int) -> None:
-    """Refuse a table of RoPE frequencies that the configuration could not say.
-
-    The class computes theta^(-2i/P), scaled as llama3 if the source is: every (H/P)-th frequency of the
-    source.
+def layer_rope(facts: ModelFacts, layer: LatentLayer, layer_idx: int) -> WrittenRope:
+    """How the configuration says a layer's table of RoPE frequencies.
 
     Raises:
-        ExportError: naming the layer.
+        ExportError: it cannot; naming the layer.
     """
-    width = layer.qk_rope_head_dim
-    expected = [facts.rope_theta ** (-2 * i / width) for i in range(width // 2)]
-    if facts.rope_type == "llama3":
-        expected = [llama3_frequency(angle, facts.rope_parameters) for angle in expected]
     found_F = layer.inv_freq_JF[0].double().cpu()
-    # A float32 table may differ by its rounding, which engines add anyway.
-    error = (found_F / torch.tensor(expected, dtype=torch.float64) - 1).abs().max().item()
-    if not error <= 1e-6:
+    rope = written_rope(facts, found_F.tolist())
+    if rope is None:
+        expected = plain_frequencies(facts.rope_theta, layer.qk_rope_head_dim)
         raise ExportError(
             f"--profile {PROFILE}: layer {layer_idx} has RoPE frequencies {found_F.tolist()[:4]}…, but the "
-            f"class computes theta^(-2i/P) for theta {facts.rope_theta:g}, P {width} ({expected[:4]}…), so "
-            "that keys would turn wrongly. Nothing was written. Choose --profile care, which stores any "
-            "table."
+            f"class computes theta^(-2i/P) for theta {facts.rope_theta:g}, P {layer.qk_rope_head_dim} "
+            f"({expected[:4]}…) or the source's scaling of them, so that keys would turn wrongly. Nothing "
+            "was written. Choose --profile care, which stores any table."
         )
+    return rope
 
 
-def deepseek_config(facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.dtype) -> dict[str, Any]:
+def scaled_queries(layer: LatentLayer, factor: float) -> LatentLayer:
+    """A decoupled layer with all of its logits multiplied by a factor."""
+    names = ("q_nope_NMD", "q_nope_bias_NM", "q_rope_NPD", "q_rope_bias_NP")
+    tensors = layer.tensors()
+    return replace(layer, **{name: tensors[name] * factor for name in names if name in tensors})
+
+
+def deepseek_config(
+    facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.dtype, rope_parameters: dict[str, Any]
+) -> dict[str, Any]:
     """The `config.json` of a dense DeepSeek-V3 model with these layers (all of one size)."""
     source = dict(facts.config)
     # Keys that the source leaves out have other defaults in DeepSeek's class than in the source's.
@@ -121,7 +125,7 @@ def deepseek_config(facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.
         "v_head_dim": facts.head_dim,
         "attention_bias": has_bias,
         "rms_norm_eps": NORM_EPS,
-        "rope_parameters": facts.rope_parameters,
+        "rope_parameters": rope_parameters,
         "rope_interleave": True,
         "tie_word_embeddings": facts.tie_word_embeddings,
         "hidden_act": "silu",
@@ -262,15 +266,15 @@ def write_deepseek_checkpoint(
         advance: called after each layer.
 
     Returns:
-        What the export decided, for the model card: sizes, the scale of the residual stream, and the bound
-        and scales of each layer's norm.
+        What the export decided, for the model card: sizes, RoPE, which engines run it exactly, the scale of
+        the residual stream, and the bound and scales of each layer's norm.
 
     Raises:
         ExportError: the class cannot express the model, or a tensor of the source has no place in it.
     """
     facts = source.facts
-    dims = _checked_dims(source, layers, dtype)
-    config = deepseek_config(facts, dims, dtype)
+    dims, rope = _checked_dims(source, layers, dtype)
+    config = deepseek_config(facts, dims, dtype, rope.parameters)
     has_query_bias = config["q_lora_rank"] is not None
     writer = ShardWriter(folder)
     for name in source.names():
@@ -280,7 +284,7 @@ def write_deepseek_checkpoint(
     for layer_idx in range(facts.num_hidden_layers):
         prefix = f"model.layers.{layer_idx}."
         tensors, norm = attention_tensors(
-            layers(layer_idx),
+            scaled_queries(layers(layer_idx), rope.query_scale),
             source.tensor(f"{prefix}input_layernorm.weight"),
             source.tensor(f"{prefix}self_attn.o_proj.weight"),
             source.tensor(f"{prefix}self_attn.o_proj.bias") if facts.o_bias else None,
@@ -299,6 +303,8 @@ def write_deepseek_checkpoint(
         "profile": PROFILE,
         **{key: config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank")},
         "cached_values": dims[0].kv_lora_rank + dims[0].qk_rope_head_dim,
+        "rope_parameters": rope.parameters,
+        "engines": engine_verdicts(config),
         "residual_scale": residual_scale(facts),
         "latent_norms": [asdict(norm) for norm in norms],
     }
@@ -306,15 +312,15 @@ def write_deepseek_checkpoint(
 
 def _checked_dims(
     source: Source, layers: Callable[[int], LatentLayer], dtype: torch.dtype
-) -> list[LatentDims]:
-    """Sizes of all layers, after every check that the export has."""
+) -> tuple[list[LatentDims], WrittenRope]:
+    """Sizes of all layers and the RoPE that they share, after every check that the export has."""
     facts = source.facts
-    dims = []
+    dims, ropes = [], []
     for layer_idx in range(facts.num_hidden_layers):
         layer = layers(layer_idx)
         dims.append(LatentDims.of(layer))
         check_deepseek(facts, layer.form, dtype=dtype, ranks=[d.kv_lora_rank for d in dims])
-        check_layer(facts, layer, layer_idx)
+        ropes.append(layer_rope(facts, layer, layer_idx))
     names = set(source.headers) - set(source.ignored())
     if lost := sorted(name for name in names if not KEPT.fullmatch(name) and not REPLACED.fullmatch(name)):
         raise ExportError(
@@ -323,7 +329,8 @@ def _checked_dims(
         )
     widths = sorted({(layer.qk_nope_head_dim, layer.qk_rope_head_dim) for layer in dims})
     assert len(widths) == 1, f"(M, P) differ between layers: {widths}"
-    return dims
+    assert all(rope == ropes[0] for rope in ropes), "RoPE differs between layers"
+    return dims, ropes[0]
 
 
 def _scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from care_mla.families.llama import LLAMA
 from care_mla.families.mistral import MISTRAL
 from care_mla.families.qwen2 import QWEN2
 from care_mla.families.rope import rope_parameters
+from care_mla.families.rope_scaling import check_factors, switches_table
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
@@ -78,6 +79,12 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
     if blockers := family.blockers(full):
         raise UnsupportedModelError(f"{where}: {'; '.join(blockers)}. Choose a model without this feature.")
     rope = rope_parameters(full, where)
+    check_factors(rope, full["head_dim"] // 2, where)
+    if switches_table(rope):
+        # A converted model has the one table for these positions, so nothing is measured beyond them.
+        full["max_position_embeddings"] = min(
+            full["max_position_embeddings"], rope["original_max_position_embeddings"]
+        )
     biases = family.biases(full)
     dtype = str(full.get("dtype") or full.get("torch_dtype") or "float32").removeprefix("torch.")
     for old in ("rope_theta", "rope_scaling", "torch_dtype", "partial_rotary_factor"):
