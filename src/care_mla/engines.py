@@ -28,7 +28,7 @@ def engine_blocker(config: Mapping[str, Any], engine: str) -> str | None:
     if engine == "transformers":
         return None
     if config.get("attention_bias"):
-        return f"attention biases: {engine} ignores them in DeepSeek models; --biases absorb does without"
+        return f"attention biases: {engine} ignores them in DeepSeek models"
     rope = config["rope_parameters"]
     if not is_read_alike(rope):
         return f"rope_type {rope['rope_type']}: {engine} takes it for yarn in DeepSeek models"

@@ -32,12 +32,18 @@ CPU = torch.device("cpu")
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-mha-llama3": {"kv_heads": 2, "heads": 2, "rope": "llama3", "tied": False},
+    "yarn": {"rope": "yarn"},
+    "longrope": {"rope": "longrope"},
+    "linear": {"rope": "linear"},
     "qwen2": {"family": "qwen2"},
     "mistral-window": {"family": "mistral", "sliding_window": 16},
 }
 ONE_KEY_HEAD: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 1},
     "qwen2": {"family": "qwen2", "kv_heads": 1},
+    "yarn": {"kv_heads": 1, "rope": "yarn"},
+    "longrope": {"kv_heads": 1, "rope": "longrope"},
+    "linear": {"kv_heads": 1, "rope": "linear"},
 }
 
 
@@ -127,7 +133,14 @@ def test_the_measure_finds_no_divergence_at_full_rank(model: Calibrated) -> None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("form", "options"), [("exact-rope", {}), ("decoupled", {"kv_heads": 1})])
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("exact-rope", {}),
+        ("decoupled", {"kv_heads": 1}),
+        ("decoupled", {"kv_heads": 1, "rope": "yarn"}),
+    ],
+)
 def test_written_at_full_rank_is_the_original(form: Form, options: dict[str, Any], tmp_path: Path) -> None:
     pico_model(tmp_path / "model", **options)
     (tmp_path / "text.txt").write_text(pico_text(5000))

@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from care_mla.errors import UnsupportedModelError
 from care_mla.families import facts_from_config, rotary_frequencies, weight_names
+from care_mla.families.rope import rope_amplitude
 
 from pico import CLASSES, LLAMA3_ROPE, pico_model
 
@@ -53,14 +54,15 @@ def test_weight_names_are_those_of_the_transformers_model(tmp_path, family, opti
     assert weight_names(facts_from_config(read(folder))) == shapes
 
 
-@pytest.mark.parametrize("rope", [None, "llama3"])
+@pytest.mark.parametrize("rope", [None, "llama3", "yarn", "longrope", "linear"])
 @pytest.mark.parametrize("family", list(CLASSES))
 def test_rotary_frequencies_are_those_of_the_transformers_model(tmp_path, family, rope):
     folder = pico_model(tmp_path / "m", family, rope=rope)
     found = torch.tensor(rotary_frequencies(facts_from_config(read(folder))))
     expected = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
     torch.testing.assert_close(found, expected.inv_freq, rtol=5e-7, atol=0)
-    assert expected.attention_scaling == 1
+    assert rope_amplitude(facts_from_config(read(folder))) == pytest.approx(expected.attention_scaling)
+    assert (expected.attention_scaling > 1) is (rope in ("yarn", "longrope"))
 
 
 def test_rotary_frequencies_of_llama_3_2():

@@ -13,6 +13,8 @@ from care_mla.cli.result import finish
 from care_mla.configs import InspectConfig, PlanConfig, Profile
 from care_mla.errors import OptionError, UnsupportedModelError
 from care_mla.facts import ModelFacts
+from care_mla.families.effects import has_biases
+from care_mla.families.rope_table import has_choice
 from care_mla.plan import profile_blocker
 
 BUDGETS = (1.0, 0.5, 0.25, 0.125)
@@ -63,7 +65,11 @@ def describe(facts: ModelFacts) -> dict[str, Any]:
         "dtype": facts.dtype,
         "cached_values": facts.cached_values,
         "ranks": [row for budget in BUDGETS for row in _ranks(facts, budget)],
-        "profiles": [_profile(facts, profile, engine) for profile, engine in PROFILES],
+        "profiles": [
+            _profile(facts, profile, engine, options)
+            for profile, engine in PROFILES
+            for options in _options(facts, profile)
+        ],
     }
 
 
@@ -80,9 +86,30 @@ def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
     ]
 
 
-def _profile(facts: ModelFacts, profile: Profile, engine: str) -> dict[str, Any]:
-    blocker = profile_blocker(facts, profile, engine=engine)
-    return {"profile": profile, "engine": engine, "possible": blocker is None, "blocked_by": blocker}
+def _options(facts: ModelFacts, profile: Profile) -> list[str]:
+    """Options that change which engines run this profile, each combination as the user would type it."""
+    tables = ["--rope-table scaled", "--rope-table unscaled"] if has_choice(facts) else [""]
+    biases = ["", "--biases absorb"] if has_biases(facts) and not facts.o_bias else [""]
+    if profile != "deepseek-v3":
+        return [""]
+    return [f"{table} {option}".strip() for table in tables for option in biases]
+
+
+def _profile(facts: ModelFacts, profile: Profile, engine: str, options: str) -> dict[str, Any]:
+    blocker = profile_blocker(
+        facts,
+        profile,
+        engine=engine,
+        unscaled_rope="unscaled" in options,
+        absorbs_biases="absorb" in options,
+    )
+    return {
+        "profile": profile,
+        "engine": engine,
+        "options": options,
+        "possible": blocker is None,
+        "blocked_by": blocker,
+    }
 
 
 def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
@@ -108,7 +135,11 @@ def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
     columns = ["--budget", "kv_lora_rank", "qk_rope_head_dim", "cached values"]
     terminal.table("Possible sizes of an MLA cache (--form decoupled)", columns, ranks)
     profiles = [
-        [f"{row['profile']} in {row['engine']}", "yes" if row["possible"] else f"no: {row['blocked_by']}"]
+        [
+            f"{row['profile']} {row['options']}".strip(),
+            row["engine"],
+            "yes" if row["possible"] else f"no: {row['blocked_by']}",
+        ]
         for row in body["profiles"]
     ]
-    terminal.table("Profiles", ["profile", "possible"], profiles)
+    terminal.table("Profiles", ["profile and options", "engine", "exact"], profiles)

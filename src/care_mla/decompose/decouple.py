@@ -50,9 +50,9 @@ def decouple(
 
     Per block of K = H/P neighbouring frequencies, over the stacked complex keys k of all KV heads (G*K
     entries) with second moment M = E[k k^H] and weights d_g,f^2 = sum over the group's heads of E|q_h,f|^2
-    max(0, 1 - |gamma_h,f|^2): with (lambda, u) the top eigenpair of D M D, the rope key is k' = u^H D k, rebuilt as v k'
-    with v = M D u / lambda, and rotated at the block's first frequency. What is left, k - v k', loses RoPE;
-    head h sees it times gamma_h,f.
+    max(0, 1 - |gamma_h,f|^2): with (lambda, u) the top eigenpair of D M D, the rope key is k' = u^H D k,
+    rebuilt as v k' with v = M D u / lambda, and rotated at the block's first frequency. What is left,
+    k - v k', loses RoPE; head h sees it times gamma_h,f.
 
     Args:
         qk_rope_head_dim: P; H/P frequencies share one rope pair.

@@ -94,9 +94,17 @@ def layer_rope(facts: ModelFacts, layer: LatentLayer, layer_idx: int) -> Written
 
 def scaled_queries(layer: LatentLayer, factor: float) -> LatentLayer:
     """A decoupled layer with all of its logits multiplied by a factor."""
-    names = ("q_nope_NMD", "q_nope_bias_NM", "q_rope_NPD", "q_rope_bias_NP")
-    tensors = layer.tensors()
-    return replace(layer, **{name: tensors[name] * factor for name in names if name in tensors})
+
+    def scaled(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor * factor
+
+    return replace(
+        layer,
+        q_rope_NPD=layer.q_rope_NPD * factor,
+        q_nope_NMD=scaled(layer.q_nope_NMD),
+        q_rope_bias_NP=scaled(layer.q_rope_bias_NP),
+        q_nope_bias_NM=scaled(layer.q_nope_bias_NM),
+    )
 
 
 def deepseek_config(
