@@ -47,7 +47,7 @@ YARN_ROPE: dict[str, Any] = {
     "factor": 4.0,
     "original_max_position_embeddings": 256,
     "beta_fast": 16.0,
-    "beta_slow": 0.5,
+    "beta_slow": 2.0,
 }
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",

@@ -10,10 +10,10 @@ from typing import Literal, get_args
 
 from care_mla.errors import OptionError
 
-RopeTableOption = Literal["auto", "scaled", "unscaled"]
+RopeTableOption = Literal["auto", "scaled", "plain"]
 BiasOption = Literal["keep", "absorb"]
 
-# These find their rope key by the complex decoupling, which can leave any frequency without RoPE.
+# These find their rope key by the complex decoupling, which can put any frequency at any angle.
 TABLE_METHODS = ("fisher", "joint")
 
 
@@ -22,9 +22,9 @@ class DecoupledOptions:
     """What becomes of RoPE scaling and of biases, which few engines know in DeepSeek models."""
 
     rope_table: RopeTableOption = "auto"
-    """Of a model with scaled RoPE. scaled: its own, exact in transformers. unscaled: RoPE on unscaled
-    frequencies alone, exact in every engine. auto: unscaled, unless held-out text then diverges more than 1.5
-    times as much."""
+    """Of a model with scaled RoPE. scaled: its own, exact in transformers. plain: the nearest angles of plain
+    RoPE, exact in every engine. auto: plain, unless held-out text then diverges more than 1.5 times as
+    much."""
     biases: BiasOption = "keep"
     """Of queries, keys and values. keep: exact in transformers. absorb: into the weights, by least squares,
     so that every engine runs the result; the loss is measured."""
@@ -46,8 +46,8 @@ class DecoupledOptions:
                     f"{flag} {value} has no effect with --form {form}, whose class keeps RoPE and biases as "
                     "they are. Leave it out, or choose --form decoupled."
                 )
-        if self.rope_table == "unscaled" and method not in TABLE_METHODS:
+        if self.rope_table == "plain" and method not in TABLE_METHODS:
             raise OptionError(
-                f"--rope-table unscaled: --method {method} is defined with RoPE on all frequencies. Choose "
+                f"--rope-table plain: --method {method} is defined with the source's own angles. Choose "
                 f"--method {' or --method '.join(TABLE_METHODS)}, or leave --rope-table out."
             )

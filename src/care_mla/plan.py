@@ -116,7 +116,7 @@ def profile_blocker(
     profile: Profile,
     *,
     engine: str = "transformers",
-    unscaled_rope: bool = False,
+    plain_rope: bool = False,
     absorbs_biases: bool = False,
 ) -> str | None:
     """Why a profile cannot express this model exactly in an engine; None where it can.
@@ -127,7 +127,7 @@ def profile_blocker(
 
     Args:
         engine: by its name in `engines.ENGINES`.
-        unscaled_rope: whether RoPE is kept on unscaled frequencies alone (--rope-table unscaled).
+        plain_rope: whether the rope key turns by plain RoPE's angles (--rope-table plain).
         absorbs_biases: whether biases go into the weights (--biases absorb).
     """
     if profile == "care":
@@ -136,7 +136,7 @@ def profile_blocker(
         return f"sliding_window {facts.sliding_window}: DeepSeek's attention sees all positions"
     if facts.mlp_bias:
         return "mlp_bias: DeepSeek's MLP has no biases"
-    rope = decoupled_rope(facts, min(facts.head_dim, MAX_ROPE_HEAD_DIM), unscaled_only=unscaled_rope)
+    rope = decoupled_rope(facts, min(facts.head_dim, MAX_ROPE_HEAD_DIM), plain=plain_rope)
     biased = facts.o_bias or (has_biases(facts) and not absorbs_biases)
     return engine_blocker({"attention_bias": biased, "rope_parameters": rope}, engine)
 

@@ -88,7 +88,7 @@ def _ranks(facts: ModelFacts, budget: float) -> list[dict[str, Any]]:
 
 def _options(facts: ModelFacts, profile: Profile) -> list[str]:
     """Options that change which engines run this profile, each combination as the user would type it."""
-    tables = ["--rope-table scaled", "--rope-table unscaled"] if has_choice(facts) else [""]
+    tables = ["--rope-table scaled", "--rope-table plain"] if has_choice(facts) else [""]
     biases = ["", "--biases absorb"] if has_biases(facts) and not facts.o_bias else [""]
     if profile != "deepseek-v3":
         return [""]
@@ -100,7 +100,7 @@ def _profile(facts: ModelFacts, profile: Profile, engine: str, options: str) -> 
         facts,
         profile,
         engine=engine,
-        unscaled_rope="unscaled" in options,
+        plain_rope="plain" in options,
         absorbs_biases="absorb" in options,
     )
     return {

@@ -76,20 +76,20 @@ def exact_fisher(inputs: LayerInputs) -> Decomposition:
 
 
 def decoupled_fisher(
-    inputs: LayerInputs, *, qk_rope_head_dim: int, unscaled_only: bool = False
+    inputs: LayerInputs, *, qk_rope_head_dim: int, plain_table: bool = False
 ) -> Decomposition:
     """Decoupled: M0 = [N W_K; W_V], G0 at the key that has lost RoPE."""
-    split = decouple(inputs, qk_rope_head_dim, unscaled_only=unscaled_only)
+    split = decouple(inputs, qk_rope_head_dim, plain_table=plain_table)
     num_key_rows = inputs.num_kv_heads * inputs.head_dim
     fisher_OO = damp_blocks(inputs.fisher_nope_OO, num_key_rows, inputs.fisher_damping)
     return decoupled_latent(inputs, split, felt_covariance(inputs), fisher_OO)
 
 
 def decoupled_joint(
-    inputs: LayerInputs, *, qk_rope_head_dim: int, unscaled_only: bool = False
+    inputs: LayerInputs, *, qk_rope_head_dim: int, plain_table: bool = False
 ) -> Decomposition:
     """As `decoupled_fisher` with G0 = I: the complex decoupling alone."""
-    split = decouple(inputs, qk_rope_head_dim, unscaled_only=unscaled_only)
+    split = decouple(inputs, qk_rope_head_dim, plain_table=plain_table)
     return decoupled_latent(inputs, split, inputs.damped_c_DD, None)
 
 

@@ -18,6 +18,7 @@ from care_mla.decompose.rope import decoupled_care_c, decoupled_care_u, transmla
 from care_mla.decoupled_options import TABLE_METHODS, DecoupledOptions
 from care_mla.engines import is_read_alike
 from care_mla.facts import ModelFacts
+from care_mla.families.effects import has_biases
 from care_mla.families.rope_table import decoupled_rope, has_choice
 
 FREQFOLDS = (1, 2, 4)
@@ -64,7 +65,7 @@ class Variant:
     kv_lora_rank: int
     qk_rope_head_dim: int
     freqfold: int | None = None
-    rope_table: Literal["scaled", "unscaled"] | None = None
+    rope_table: Literal["scaled", "plain"] | None = None
     absorbs_biases: bool = False
 
     @property
@@ -107,25 +108,23 @@ def decoupled_variants(
         found: from `variants`, of one form and method.
         options: that have an effect on this model (`check_effects`).
         for_engines: whether stock engines are to run the result; our own class keeps any table, so that
-            there `auto` is the source's.
-
-    Raises:
-        OptionError: an option has no effect on this model, or cannot do what it says.
+            there `auto` is the source's, as where biases are kept, which leave transformers alone to run it.
     """
     form, method = found[0].form, found[0].method
+    absorb = options.biases == "absorb"
+    gains = for_engines and not facts.o_bias and (absorb or not has_biases(facts))
     tables: list[Variant] = []
     for variant in found:
         choice = form == "decoupled" and method in TABLE_METHODS and has_choice(facts)
-        unscaled, scaled = (replace(variant, rope_table=table) for table in ("unscaled", "scaled"))
-        if not choice or (options.rope_table == "auto" and not for_engines):
+        plain, scaled = (replace(variant, rope_table=table) for table in ("plain", "scaled"))
+        if not choice or (options.rope_table == "auto" and not gains):
             tables.append(variant)
         elif options.rope_table == "auto":
             # The source's own table is as good as a plain one where all engines read it alike.
-            own = decoupled_rope(facts, variant.qk_rope_head_dim, unscaled_only=False)
-            tables += [scaled] if is_read_alike(own) else [unscaled, scaled]
+            own = decoupled_rope(facts, variant.qk_rope_head_dim, plain=False)
+            tables += [scaled] if is_read_alike(own) else [plain, scaled]
         else:
-            tables.append(unscaled if options.rope_table == "unscaled" else scaled)
-    absorb = options.biases == "absorb"
+            tables.append(plain if options.rope_table == "plain" else scaled)
     return [replace(variant, absorbs_biases=absorb) for variant in tables]
 
 
@@ -146,7 +145,7 @@ def method_function(variant: Variant) -> Callable[[LayerInputs], Decomposition]:
     arguments: dict[str, Any] = {"qk_rope_head_dim": variant.qk_rope_head_dim}
     if variant.freqfold is not None:
         arguments["freqfold"] = variant.freqfold
-    if variant.rope_table == "unscaled":
-        arguments["unscaled_only"] = True
+    if variant.rope_table == "plain":
+        arguments["plain_table"] = True
     factor = partial(function, **arguments)
     return absorbing(factor) if variant.absorbs_biases else factor

@@ -31,8 +31,8 @@ class Card:
         cached_values: per token and layer, of the original and of the converted model.
         kl_held_out: mean KL(original || converted), nats per token, on held-out calibration text.
         perplexity: on the same text, of the original and of the converted model.
-        rope_kl: the same KL of the best conversion with the source's RoPE table (`scaled`), and with RoPE on
-            unscaled frequencies alone (`unscaled`), where there was a choice.
+        rope_kl: the same KL of the best conversion with the source's RoPE table (`scaled`), and with plain
+            RoPE's (`plain`), where there was a choice.
         bias_kl: the same KL with biases as they are (`keep`), and absorbed into weights (`absorb`).
         engines: True for those that run it exactly, else why not.
         needs_healing: the steps beside the rank that were not exact.
@@ -141,7 +141,7 @@ def _figures(card: Card) -> str:
         rows.append(("KL to the original on it, nats per token", "0", f"{card.kl_held_out:.4g}"))
     beside = {
         "with the original's RoPE table, for transformers alone": (card.rope_kl or {}).get("scaled"),
-        "with RoPE on unscaled frequencies alone, for every engine": (card.rope_kl or {}).get("unscaled"),
+        "with plain RoPE's table, for every engine": (card.rope_kl or {}).get("plain"),
         "with biases kept, for transformers alone": (card.bias_kl or {}).get("keep"),
         "with biases absorbed into weights, for every engine": (card.bias_kl or {}).get("absorb"),
     }

@@ -16,8 +16,8 @@ def check_effects(facts: ModelFacts, options: DecoupledOptions) -> None:
     """
     if options.rope_table != "auto" and not has_choice(facts):
         raise OptionError(
-            f"--rope-table {options.rope_table} has no effect: of the frequencies of this {facts.family} "
-            f"model (rope_type {facts.rope_type}) either all are scaled or none is. Leave it out."
+            f"--rope-table {options.rope_table} has no effect: RoPE of this {facts.family} model is plain "
+            f"already (rope_type {facts.rope_type}). Leave it out."
         )
     if options.biases == "absorb":
         if facts.o_bias:

@@ -46,13 +46,13 @@ def unscaled(facts: ModelFacts) -> list[bool]:
 
 
 def has_choice(facts: ModelFacts) -> bool:
-    """Whether some frequencies are scaled and some are not, so that RoPE can be kept on the latter alone."""
-    return len(set(unscaled(facts))) == 2
+    """Whether there is a plain table beside the source's own."""
+    return not all(unscaled(facts))
 
 
-def decoupled_rope(facts: ModelFacts, width: int, *, unscaled_only: bool) -> dict[str, Any]:
+def decoupled_rope(facts: ModelFacts, width: int, *, plain: bool) -> dict[str, Any]:
     """`rope_parameters` of a decoupled model with a rope key of this width."""
-    if unscaled_only:
+    if plain:
         return {"rope_type": "default", "rope_theta": facts.rope_theta}
     table = rotary_frequencies(facts)
     rope = written_rope(facts, table[:: 2 * len(table) // width])
@@ -63,19 +63,14 @@ def decoupled_rope(facts: ModelFacts, width: int, *, unscaled_only: bool) -> dic
 def written_rope(facts: ModelFacts, found: Sequence[float]) -> WrittenRope | None:
     """How DeepSeek's configuration says a table of P/2 angles; None where the source has no such table.
 
-    Plain RoPE comes first, with another theta where the table is a part of the source's; then the source's
-    own type; last the one type that can hold any table, longrope, which transformers alone reads right.
+    Plain RoPE comes first, then the source's own type, and last the one type that can hold any table,
+    longrope, which transformers alone reads right.
     """
     theta, width = facts.rope_theta, 2 * len(found)
     scaled = rotary_frequencies(facts)
     scale = rope_amplitude(facts) ** 2
-    for fold in range(len(scaled) // len(found), 0, -1):
-        # Every fold-th frequency from the first on; all of the table, or so many of it as the key has pairs.
-        spanned = fold * len(found)
-        other = theta if spanned == len(scaled) else theta ** (spanned / len(scaled))
-        if _same(found, plain_frequencies(other, width)):
-            plain = {"rope_type": "default", "rope_theta": other}
-            return WrittenRope(parameters=plain, query_scale=scale)
+    if _same(found, plain_frequencies(theta, width)):
+        return WrittenRope(parameters={"rope_type": "default", "rope_theta": theta}, query_scale=scale)
     if not _same(found, scaled[:: len(scaled) // len(found)]):
         return None
     own, softmax = _own_type(facts)

@@ -22,9 +22,9 @@ from care_mla.factors import LatentLayer
 from care_mla.mla.divergence import measure
 from care_mla.workspace import Workspace, fingerprint, write_json
 
-# RoPE on unscaled frequencies alone runs in every engine; it is taken unless held-out text diverges more than
-# so many times as much as with the source's own table, which transformers alone reads.
-UNSCALED_FACTOR = 1.5
+# A plain RoPE table runs in every engine; it is taken unless held-out text diverges more than so many times
+# as much as with the source's own table, which transformers alone reads.
+PLAIN_FACTOR = 1.5
 # Methods whose spectrum predicts the loss on one scale for all layers, so that `auto` may spread ranks by it.
 SPREADABLE = ("fisher", "joint")
 
@@ -151,7 +151,7 @@ def choose(
 def _twins(choice: Choice) -> list[Choice]:
     """The same conversion with the source's own RoPE table, and with its biases, where it has neither."""
     variant, twins = choice.variant, []
-    if variant.rope_table == "unscaled":
+    if variant.rope_table == "plain":
         twins.append(replace(choice, variant=replace(variant, rope_table="scaled")))
     if variant.absorbs_biases:
         twins.append(replace(choice, variant=replace(variant, absorbs_biases=False)))
@@ -168,10 +168,10 @@ def _best(group: Sequence[Choice], beside: Sequence[Choice], kl: Mapping[str, fl
     if len(beside) == 1:
         return group[0]
     best = min(group, key=lambda choice: kl[choice.label])
-    unscaled = [choice for choice in group if choice.variant.rope_table == "unscaled"]
-    if unscaled:
-        other = min(unscaled, key=lambda choice: kl[choice.label])
-        best = other if kl[other.label] <= UNSCALED_FACTOR * kl[best.label] else best
+    plain = [choice for choice in group if choice.variant.rope_table == "plain"]
+    if plain:
+        other = min(plain, key=lambda choice: kl[choice.label])
+        best = other if kl[other.label] <= PLAIN_FACTOR * kl[best.label] else best
     table_kl: dict[str, float] = {}
     for choice in beside:
         table = choice.variant.rope_table
