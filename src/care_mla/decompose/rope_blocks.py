@@ -51,7 +51,8 @@ def rope_blocks(inputs: LayerInputs, num_blocks: int, *, plain_table: bool = Fal
         num_blocks: B, a divisor of F.
         plain_table: whether blocks turn by plain RoPE's angles whatever the source's scaling.
     """
-    inv_freq_F = inputs.inv_freq_F
+    # Pairs of a head beyond these do not turn at all.
+    inv_freq_F = inputs.inv_freq_F[: len(inputs.unscaled_F)]
     num_freqs, device = len(inv_freq_F), inv_freq_F.device
     assert num_freqs % num_blocks == 0, f"{num_blocks} blocks do not divide {num_freqs} frequencies"
     size = num_freqs // num_blocks
