@@ -55,12 +55,7 @@ def load(folder: Path) -> PreTrainedModel:
 def facts_of(model: PreTrainedModel) -> ModelFacts:
     """The facts of a live model."""
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    rope = config["rope_parameters"]
-    if rope["rope_type"] != "yarn":
-        return facts_from_config(config)
-    # No family takes yarn, but the class must scale as any RoPE says.
-    facts = facts_from_config(config | {"rope_parameters": rope | {"rope_type": "default"}})
-    return replace(facts, rope_parameters=rope, config=facts.config | {"rope_parameters": rope})
+    return facts_from_config(config)
 
 
 def heads(parameter: Tensor | None) -> Tensor | None:

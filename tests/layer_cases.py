@@ -82,6 +82,8 @@ def layer_case(
         fisher_exact_OO=torch.eye(num_rows, dtype=torch.float64),
         fisher_nope_OO=torch.eye(num_rows, dtype=torch.float64),
         inv_freq_F=10000.0 ** (-torch.arange(num_freq, dtype=torch.float64) / num_freq),
+        unscaled_F=torch.ones(num_freq, dtype=torch.bool),
+        rope_theta=10000.0,
         damping=0.01,
         fisher_damping=0.03,
     )

@@ -62,6 +62,25 @@ LLAMA3_ROPE: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+# Of 16-wide heads, YaRN's own table at P = 8 is not every second frequency; at P = 16 it is the source's.
+YARN_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "short_factor": [1.0, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0],
+    "long_factor": [1.0, 1.3, 1.8, 2.5, 4.0, 6.0, 8.0, 9.0],
+}
+LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+ROPES = {"llama3": LLAMA3_ROPE, "yarn": YARN_ROPE, "longrope": LONGROPE, "linear": LINEAR_ROPE}
 # Qwen2's tokenizer class would add `<|endoftext|>` beyond the vocabulary if it were not one of ours.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -96,7 +115,7 @@ def pico_model(
         family: a key of `CLASSES`.
         vocab: pieces of the byte-level BPE, at least 256; `vocab_size` is this plus the two special tokens.
         shards: about how many safetensors files.
-        rope: `rope_parameters`, or the word `llama3`; default is plain RoPE with theta 10000.
+        rope: `rope_parameters`, or a name in ROPES; default is plain RoPE with theta 10000.
         tokenizer: whether a tokenizer is saved too.
         **config_overrides: any other key of the configuration, such as `attention_bias=True`.
     """
@@ -114,9 +133,9 @@ def pico_model(
         "tie_word_embeddings": tied,
         "bos_token_id": 0,
         "eos_token_id": 1,
-        "rope_parameters": LLAMA3_ROPE
-        if rope == "llama3"
-        else rope or {"rope_type": "default", "rope_theta": 1e4},
+        "rope_parameters": dict(
+            ROPES[rope] if isinstance(rope, str) else rope or {"rope_type": "default", "rope_theta": 1e4}
+        ),
     }
     if family == "mistral":
         options["sliding_window"] = None

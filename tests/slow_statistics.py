@@ -129,10 +129,12 @@ class SlowModel:
         x_TD = attention.x_TD
         grad_k_TX, grad_v_TX = attention.k.grad.flatten(0, 1), attention.v.grad.flatten(0, 1)
         query_BLNF = self.pairs(attention.seen_q.detach())
-        # The key without RoPE enters a logit as Re conj(q_h) gamma_h k / sqrt(H).
+        # The key without RoPE enters a logit as Re conj(q_h) gamma_h k / sqrt(H), times the square of RoPE's
+        # amplitude.
         nope_BNLF = (
             torch.einsum("bnts,btnf->bnsf", attention.logits_BNLL.grad.to(torch.complex128), query_BLNF)
             * gamma_NF.conj()[:, None]
+            * self.model.model.rotary_emb.attention_scaling**2
             / self.head_dim**0.5
         )
         nope_BGLF = nope_BNLF.unflatten(1, (self.num_groups, -1)).sum(2)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from care_mla.decoupled_options import DecoupledOptions
 from care_mla.errors import OptionError
 
 Form = Literal["decoupled", "exact-rope", "partial-rope"]
@@ -85,8 +86,7 @@ class RankConfig:
         if self.budget is not None and self.kv_lora_rank is not None:
             raise OptionError(
                 f"--budget {self.budget} and --kv-lora-rank {self.kv_lora_rank} both fix the size of the "
-                "cache. "
-                "Give one of them."
+                "cache. Give one of them."
             )
         if self.budget is None and self.kv_lora_rank is None:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
@@ -152,7 +152,7 @@ class CalibrationConfig(RankConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(CommonConfig, CalibrationConfig):
+class PlanConfig(DecoupledOptions, CommonConfig, CalibrationConfig):
     """Memory, disk, tokens, time and cached values of a conversion: arithmetic only, nothing is written."""
 
     form: Form = "decoupled"
@@ -170,11 +170,11 @@ class PlanConfig(CommonConfig, CalibrationConfig):
             _choice("--profile", self.profile, get_args(Profile))
         _check_method(self.method, self.form)
         self._check_allocation()
+        self.check_decoupled(self.form, self.method)
         if self.form == "exact-rope" and self.qk_rope_head_dim is not None:
             raise OptionError(
                 f"--qk-rope-head-dim {self.qk_rope_head_dim} has no effect with --form exact-rope, which "
-                "caches no "
-                "RoPE key. Leave it out."
+                "caches no RoPE key. Leave it out."
             )
         if self.form != "exact-rope" and self.kv_lora_rank is not None and self.qk_rope_head_dim is None:
             raise OptionError(
@@ -187,8 +187,7 @@ class PlanConfig(CommonConfig, CalibrationConfig):
         if implied is not None and self.allocation not in ("auto", implied):
             raise OptionError(
                 f"--method {self.method} is defined by its allocation {implied}, so --allocation "
-                f"{self.allocation} "
-                "contradicts it. Leave --allocation out, or choose --method care-u."
+                f"{self.allocation} contradicts it. Leave --allocation out, or choose --method care-u."
             )
         if self.profile in (None, "care"):
             return
@@ -196,8 +195,7 @@ class PlanConfig(CommonConfig, CalibrationConfig):
         if self.form != "decoupled":
             raise OptionError(
                 f"--profile {self.profile} cannot express --form {self.form}: its RoPE key is one for all "
-                "heads. "
-                "Choose --form decoupled, or --profile care."
+                "heads. Choose --form decoupled, or --profile care."
             )
         if spread in PER_LAYER_ALLOCATIONS:
             raise OptionError(

@@ -19,8 +19,9 @@ from care_mla.checkpoint.opening import DEMO, open_source
 from care_mla.checkpoint.source import Source
 from care_mla.checkpoint.writer import atomic_folder, check_output, require_disk
 from care_mla.configs import ConvertConfig, VerifyConfig
+from care_mla.decompose.absorb import constant_error
 from care_mla.decompose.layer_inputs import CalibratedLayers
-from care_mla.decompose.methods import method_function, variants
+from care_mla.decompose.methods import decoupled_variants, method_function, variants
 from care_mla.device import peak_memory, pick_device
 from care_mla.errors import OptionError
 from care_mla.export.card import NEEDS_HEALING, Card, healing_warning, write_card
@@ -57,6 +58,9 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         config, size_warnings = fit_vllm(source.facts, config)
         wanted = variants(source.facts, config, form=config.form, method=config.method)
         profile = pick_profile(source.facts, config)
+        wanted = decoupled_variants(
+            wanted, source.facts, config, for_engines=profile in ("deepseek-v3", "vllm")
+        )
         dtype = pick_dtype(source.facts, config)
         planned = plan(source.facts, config, device=device.type)
         workspace = Workspace(config.work or config.output.with_name(config.output.name + ".work"))
@@ -93,10 +97,10 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
                 progress.advance,
                 measure_all=bool(planned.needs_healing),
             )
-        if planned.needs_healing:
-            console.warn(healing_warning(planned.needs_healing, choice.held_out_kl))
     with stages("factor"), console.progress(f"Factoring: {choice.label}", stack.num_layers) as progress:
         layers, layer_rows = _factor(choice, inputs, workspace, progress.advance)
+    if needs_healing := [*planned.needs_healing, *absorbed(choice, layer_rows)]:
+        console.warn(healing_warning(needs_healing, choice.held_out_kl))
     with atomic_folder(config.output, config.overwrite) as folder:
         with stages("export"):
             with console.progress(f"Writing {config.output}", stack.num_layers) as progress:
@@ -126,7 +130,14 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "allocation": choice.allocation,
             "profile": profile,
             "held_out_kl": choice.held_out_kl,
-            "needs_healing": planned.needs_healing,
+            "rope": {
+                "type": source.facts.rope_type,
+                "table": choice.variant.rope_table,
+                "kl": choice.table_kl,
+            },
+            "biases": {"option": config.biases, "kl": choice.bias_kl},
+            "engines": exported.get("engines", {"transformers": True}),
+            "needs_healing": needs_healing,
             "output": str(config.output),
             "stages": stages.seconds,
             "peak_memory_bytes": peak_memory(device),
@@ -137,6 +148,18 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         hashes = {"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash}
         write_card(folder, _card(config, source, result, recipe, hashes))
     return result
+
+
+def absorbed(choice: Choice, rows: list[dict[str, Any]]) -> list[str]:
+    """Why absorbed biases make the result no more than a start for healing; empty: there are none."""
+    reasons = []
+    if choice.variant.absorbs_biases:
+        worst = max(row["constant_error"] for row in rows)
+        reasons.append(
+            "biases of attention are absorbed into weights by least squares, which makes up for them up to a "
+            f"mean squared error of {worst:.2g} of their square in the worst layer"
+        )
+    return reasons
 
 
 def _mean_cached(rows: list[dict[str, Any]]) -> int | float:
@@ -161,6 +184,9 @@ def _card(
         qk_rope_head_dim=result["qk_rope_head_dim"],
         cached_values=(result["cached_values"]["original"], result["cached_values"]["converted"]),
         kl_held_out=result["held_out_kl"],
+        rope_kl=result["rope"]["kl"],
+        bias_kl=result["biases"]["kl"],
+        engines=result["engines"],
         needs_healing=result["needs_healing"],
         verify=result["verify"],
         recipe=recipe,
@@ -214,6 +240,8 @@ def _factor(
                 "spectrum": [s.tolist() for s in spectra] if len(spectra) > 1 else spectra[0].tolist(),
                 "gamma": layer_inputs.gamma_NF.abs().mean(0).tolist(),
             }
+            if choice.variant.absorbs_biases:
+                row["constant_error"] = constant_error(layer_inputs)
             write_json(row_path, row)
         rows.append(read_json(row_path))
         advance()

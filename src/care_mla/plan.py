@@ -14,10 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from care_mla.budget import Dims, cached_values, resolve_dims
+from care_mla.budget import MAX_ROPE_HEAD_DIM, Dims, cached_values, resolve_dims
 from care_mla.configs import CalibrationConfig, Form, PlanConfig, Profile
+from care_mla.engines import engine_blocker
 from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
+from care_mla.families.effects import check_effects, has_biases
+from care_mla.families.rope_scaling import switches_table
+from care_mla.families.rope_table import decoupled_rope
 from care_mla.forms import check_form, needs_healing
 from care_mla.routers import router_blocker
 from care_mla.serving import head_dim_blocker
@@ -112,12 +116,24 @@ def machine_memory() -> int:
     return total if text == "max" else min(total, int(text))
 
 
-def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> str | None:
+def profile_blocker(
+    facts: ModelFacts,
+    profile: Profile,
+    *,
+    engine: str = "transformers",
+    plain_rope: bool = False,
+    absorbs_biases: bool = False,
+) -> str | None:
     """Why a profile cannot express this model exactly in an engine; None where it can.
 
     Stock profiles have no sliding window, no MLP bias and no norm after a block anywhere, and attention
-    biases and scaled RoPE in transformers alone; each has a router of its own. What depends on more than the
-    model (form, ranks, dtype) is checked in export/deepseek.py, which asks here first.
+    biases and most scaled RoPE in transformers alone; each has a router of its own. What depends on more than
+    the model (form, ranks, dtype) is checked in export/deepseek.py, which asks here first.
+
+    Args:
+        engine: by its name in `engines.ENGINES`.
+        plain_rope: whether the rope key turns by plain RoPE's angles (--rope-table plain).
+        absorbs_biases: whether biases go into the weights (--biases absorb).
     """
     if profile == "vllm":
         engine = "vLLM"
@@ -131,13 +147,13 @@ def profile_blocker(facts: ModelFacts, profile: Profile, *, engine: str = "trans
         return "mlp_bias: DeepSeek's MLP has no biases"
     if (router := router_blocker(facts, profile, engine)) is not None:
         return router
-    if engine != "transformers" and (facts.q_bias or facts.k_bias or facts.v_bias or facts.o_bias):
-        return f"attention biases: {engine} ignores them in DeepSeek models"
-    if engine != "transformers" and facts.rope_type != "default":
-        return f"rope_type {facts.rope_type}: {engine} takes it for yarn in DeepSeek models"
     if profile == "deepseek-v3" and engine == "vLLM" and facts.tie_word_embeddings:
         return "tied embeddings: vLLM's DeepSeek class wants a head of its own, which profile vllm writes"
-    return head_dim_blocker(facts) if profile == "vllm" else None
+    if profile == "vllm" and (heads := head_dim_blocker(facts)) is not None:
+        return heads
+    rope = decoupled_rope(facts, min(facts.rotary_dim, MAX_ROPE_HEAD_DIM), plain=plain_rope)
+    biased = facts.o_bias or (has_biases(facts) and not absorbs_biases)
+    return engine_blocker({"attention_bias": biased, "rope_parameters": rope}, engine)
 
 
 def stock_profile(facts: ModelFacts) -> tuple[Profile | None, str]:
@@ -232,13 +248,14 @@ def plan(
         flops_per_second: of large float32 matrix products; None takes ASSUMED_FLOPS.
 
     Raises:
-        OptionError: the options fit no rank of this model.
+        OptionError: the options fit no rank of this model, or have no effect on it.
         ExportError: the profile cannot express the model.
         UnsupportedModelError: the form cannot.
     """
     check_form(facts, config.form)
     if config.profile is not None:
         check_profile(facts, config.profile)
+    check_effects(facts, config)
     candidates = resolve_dims(facts, config, form=config.form, method=config.method)
     tokens, length = resolve_calibration(facts, config, device=device)
     gamma_length = rotation_length(facts, memory_bytes)
@@ -410,6 +427,12 @@ def _flops(facts: ModelFacts, tokens: int, length: int, gamma_length: int, *, is
 
 def _warnings(facts: ModelFacts, tokens: int, gamma_length: int) -> list[str]:
     warnings = []
+    if switches_table(facts.rope_parameters):
+        warnings.append(
+            f"longrope takes other angles beyond {facts.max_position_embeddings} positions, and a converted "
+            "model has one table: the one up to there, which is now its max_position_embeddings. For longer "
+            "texts put long_factor in place of short_factor in a copy of config.json, and convert that."
+        )
     if tokens < facts.hidden_size:
         warnings.append(
             f"{tokens} calibration tokens are fewer than hidden_size {facts.hidden_size}: the covariance is "

@@ -29,6 +29,8 @@ BASE = {
     "device",
     "routers",
     "versions",
+    "engines",
+    "decoupled_options",
 }
 STEPS = [
     *("families", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
@@ -46,6 +48,7 @@ LIGHT = [
         "care_mla.recipe",
         "care_mla.budget",
         "care_mla.serving",
+        "care_mla.engines",
     ),
     *("care_mla.plan", "care_mla.workspace", "care_mla.console", "care_mla.families"),
     *(f"care_mla.cli.{path.stem}" for path in sorted((PACKAGE / "cli").glob("*.py"))),

@@ -38,8 +38,8 @@ CALIBRATION = (
 )
 OPTIONS = {
     "inspect": "quiet json model",
-    "plan": f"{CALIBRATION} form method profile",
-    "convert": f"{CALIBRATION} form method profile output overwrite",
+    "plan": f"{CALIBRATION} rope_table biases form method profile",
+    "convert": f"{CALIBRATION} rope_table biases form method profile output overwrite",
     "compare": f"{CALIBRATION} methods form perplexity block max_tokens",
     "evaluate": "quiet json models perplexity block max_tokens device trust_remote_code",
     "export": "quiet json model output profile quantization kv_lora_rank overwrite",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from care_mla import ConvertConfig, console, convert
 from care_mla.configs import Form
@@ -31,6 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"family": "qwen3_moe", "tied": False},
     "qwen3-biases": {"family": "qwen3", "attention_bias": True, "tied": False},
     "olmo2": {"family": "olmo2"},
+    "qwen2-yarn": {"family": "qwen2", "rope": "yarn"},
 }
 STOCK_PROFILES = {"mixtral": "mistral4", "qwen3_moe": "mistral4"}
 # What DeepSeek's class cannot say, by the words of the warning.
@@ -41,6 +44,60 @@ OWN_CLASS = {
     "llama-mlp-bias": "mlp_bias",
 }
 EXACT_ALONE = ("olmo2",)
+
+
+def convert_decoupled(folder: Path, **options: Any) -> dict[str, Any]:
+    (folder / "text.txt").write_text(pico_text(5000))
+    return convert(
+        ConvertConfig(
+            model=str(folder / "model"),
+            output=folder / "OUT",
+            calibration=str(folder / "text.txt"),
+            calibration_tokens=1024,
+            sequence_length=128,
+            device="cpu",
+            quiet=True,
+            **options,
+        )
+    )
+
+
+def test_scaled_rope_runs_in_every_engine_at_a_stated_cost(tmp_path: Path) -> None:
+    pico_model(tmp_path / "model", rope="llama3")
+    body = convert_decoupled(tmp_path, rope_table="plain")
+    assert body["verify"]["passed"], body["verify"]["problems"]
+    assert body["verify"]["class"] == "DeepseekV3ForCausalLM"
+    assert body["verify"]["relative_error"] < 1e-4
+    config = json.loads((tmp_path / "OUT" / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert set(body["engines"].values()) == {True}
+    assert body["rope"]["type"] == "llama3"
+    assert body["rope"]["table"] == "plain"
+    assert body["rope"]["kl"]["plain"] == body["held_out_kl"]
+    assert body["needs_healing"] == []
+    card = (tmp_path / "OUT" / "README.md").read_text()
+    for table in ("scaled", "plain"):
+        assert f"| 0 | {body['rope']['kl'][table]:.4g} |" in card
+    assert "- llama.cpp: yes" in card
+
+
+def test_absorbed_biases_are_gone_at_a_stated_cost(tmp_path: Path) -> None:
+    pico_model(tmp_path / "model", "qwen2")
+    body = convert_decoupled(tmp_path, biases="absorb", qk_rope_head_dim=8)
+    assert body["verify"]["passed"], body["verify"]["problems"]
+    config = json.loads((tmp_path / "OUT" / "config.json").read_text())
+    assert config["attention_bias"] is False
+    assert config["q_lora_rank"] is None
+    with safe_open(tmp_path / "OUT" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.endswith("bias")]  # noqa: SIM118
+    assert set(body["engines"].values()) == {True}
+    assert body["biases"]["option"] == "absorb"
+    assert body["biases"]["kl"]["absorb"] == body["held_out_kl"]
+    assert body["biases"]["kl"]["absorb"] != body["biases"]["kl"]["keep"]
+    (reason,) = body["needs_healing"]
+    assert "biases" in reason
+    assert f"{max(row['constant_error'] for row in body['layers']):.2g}" in reason
+    assert reason in (tmp_path / "OUT" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -33,6 +33,9 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-mha-llama3": {"kv_heads": 2, "heads": 2, "rope": "llama3", "tied": False},
+    "yarn": {"rope": "yarn"},
+    "longrope": {"rope": "longrope"},
+    "linear": {"rope": "linear"},
     "qwen2": {"family": "qwen2"},
     "mistral-window": {"family": "mistral", "sliding_window": 16},
     "mixtral": {"family": "mixtral"},
@@ -46,6 +49,9 @@ ONE_KEY_HEAD: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 1},
     "qwen2": {"family": "qwen2", "kv_heads": 1},
     "phi3-partial": {"family": "phi3", "kv_heads": 1, "rope": PARTIAL},
+    "yarn": {"kv_heads": 1, "rope": "yarn"},
+    "longrope": {"kv_heads": 1, "rope": "longrope"},
+    "linear": {"kv_heads": 1, "rope": "linear"},
 }
 
 
@@ -152,6 +158,7 @@ def test_the_measure_finds_no_divergence_at_full_rank(model: Calibrated) -> None
         ("exact-rope", {"family": "qwen3"}),
         ("exact-rope", {"family": "olmo2"}),
         ("decoupled", {"kv_heads": 1}),
+        ("decoupled", {"kv_heads": 1, "rope": "yarn"}),
     ],
 )
 def test_written_at_full_rank_is_the_original(form: Form, options: dict[str, Any], tmp_path: Path) -> None:

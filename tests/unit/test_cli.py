@@ -70,9 +70,10 @@ def test_inspect_needs_no_weights(
         (28, 4),
         (30, 2),
     ]
-    possible = {(p["profile"], p["engine"]): p["possible"] for p in body["profiles"]}
-    assert possible[("deepseek-v3", "transformers")]
-    assert not possible[("deepseek-v3", "vLLM")]
+    possible = {(p["profile"], p["engine"], p["options"]): p["possible"] for p in body["profiles"]}
+    assert possible[("deepseek-v3", "transformers", "")]
+    assert not possible[("deepseek-v3", "vLLM", "")]
+    assert possible[("deepseek-v3", "vLLM", "--biases absorb")]
 
 
 def test_inspect_names_what_blocks_and_exits_with_2(

@@ -41,6 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-one-kv-head-untied": {"kv_heads": 1, "tied": False},
     "llama-mha": {"kv_heads": 4},
     "llama3-rope": {"rope": "llama3"},
+    "yarn": {"rope": "yarn"},
+    "longrope": {"rope": "longrope"},
+    "linear": {"rope": "linear"},
+    "qwen2-yarn": {"family": "qwen2", "rope": "yarn"},
     "llama-biases": {"attention_bias": True},
     "mistral": {"family": "mistral", "tied": False, "head_dim": 32},
     "mistral-window-beyond-its-positions": {"family": "mistral", "sliding_window": 1024},
@@ -201,7 +205,7 @@ def test_full_rank_is_the_source_model(family: str, tmp_path) -> None:
     original_BLS = AutoModelForCausalLM.from_pretrained(source.name, dtype=torch.float32)(tokens_BL).logits
     assert relative_error(Reference(source, layers.__getitem__).logits(tokens_BL), original_BLS) < 2e-6
 
-    config = deepseek_config(facts, [LatentDims.of(layer) for layer in layers], torch.float32)
+    config = deepseek_config(facts, [LatentDims.of(layer) for layer in layers], torch.float32, {})
     width = layers[0].qk_rope_head_dim
     plain_F = facts.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     factors = (plain_F / layers[0].inv_freq_JF[0]).tolist()
@@ -281,6 +285,7 @@ def test_scaled_rope_runs_in_transformers_alone(tmp_path) -> None:
     facts = source_of(tmp_path, tokenizer=False, rope="llama3").facts
     assert profile_blocker(facts, "deepseek-v3") is None
     assert "llama3" in str(profile_blocker(facts, "deepseek-v3", engine="vLLM"))
+    assert profile_blocker(facts, "deepseek-v3", engine="vLLM", plain_rope=True) is None
 
 
 @pytest.mark.parametrize(
@@ -294,9 +299,9 @@ def test_scaled_rope_runs_in_transformers_alone(tmp_path) -> None:
             r"RoPE frequencies \[1\.0, 1\.0.*--profile care",
         ),
         (
-            # The high-frequency half of the table, with theta unchanged.
+            # The low-frequency half of the table, which no theta makes begin at 1.
             lambda source, i: replace(
-                decoupled_layer(source, i), inv_freq_JF=torch.tensor([rotary_frequencies(source.facts)[:4]])
+                decoupled_layer(source, i), inv_freq_JF=torch.tensor([rotary_frequencies(source.facts)[4:]])
             ),
             "layer 0 has RoPE frequencies",
         ),

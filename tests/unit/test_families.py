@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from care_mla.errors import UnsupportedModelError
 from care_mla.families import facts_from_config, rotary_frequencies, weight_names
+from care_mla.families.rope import rope_amplitude
 
 from pico import CLASSES, LLAMA3_ROPE, pico_model
 
@@ -57,15 +58,16 @@ def test_weight_names_are_those_of_the_transformers_model(tmp_path, family, opti
     assert weight_names(facts_from_config(read(folder))) == shapes
 
 
-# transformers' Phi-3 has no llama3 scaling.
-@pytest.mark.parametrize("rope", [None, "llama3"])
+# transformers' Phi-3 knows longrope alone.
+@pytest.mark.parametrize("rope", [None, "llama3", "yarn", "longrope", "linear"])
 @pytest.mark.parametrize("family", sorted(CLASSES.keys() - {"phi3"}))
 def test_rotary_frequencies_are_those_of_the_transformers_model(tmp_path, family, rope):
     folder = pico_model(tmp_path / "m", family, rope=rope)
     found = torch.tensor(rotary_frequencies(facts_from_config(read(folder))))
     expected = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb
     torch.testing.assert_close(found, expected.inv_freq, rtol=5e-7, atol=0)
-    assert expected.attention_scaling == 1
+    assert rope_amplitude(facts_from_config(read(folder))) == pytest.approx(expected.attention_scaling)
+    assert (expected.attention_scaling > 1) is (rope in ("yarn", "longrope"))
 
 
 def test_rotary_frequencies_of_llama_3_2():
@@ -161,8 +163,16 @@ def test_architecture_follows_from_model_type():
         ({"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}, "modeling_own"),
         ({"use_qk_norm": True}, "QK-norm"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "yarn", "factor": -4.0}}, r"yarn RoPE with factor -4\.0"),
+        ({"rope_scaling": {"type": "linear"}}, "linear RoPE with factor None"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0}}, "beta_fast 0"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0, "short_factor": 1.0}}, "short_factor 1.0"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7}},
+            "long_factor has 7 entries, and heads have 8",
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*length of the text"),
+        ({"rope_parameters": {"rope_type": "axial"}}, "'axial'.*unknown here.*linear, yarn"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_parameters": LLAMA3_ROPE | {"high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),

@@ -25,6 +25,9 @@ SOURCES: dict[str, dict[str, Any]] = {
         "attention_bias": True, "mlp_bias": True, "tied": False, "rope": "llama3", "rms_norm_eps": 1e-6,
     },
     "llama-one-kv-head": {"kv_heads": 1},
+    "yarn": {"rope": "yarn"},
+    "longrope": {"rope": "longrope"},
+    "linear": {"rope": "linear"},
     "mistral-window": {"family": "mistral", "sliding_window": 6, "tied": False},
     "mixtral": {"family": "mixtral", "sliding_window": 6},
     "phi3": {"family": "phi3", "tied": False},
@@ -77,7 +80,10 @@ def test_greedy_is_the_stock_models(source: Source) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["llama", "llama-biases-untied-llama3", "mistral-window", "qwen2", "olmo2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama-biases-untied-llama3", "mistral-window", "qwen2", "olmo2", "yarn", "longrope"],
+)
 def test_latent_layers_are_our_own_class(form: str, name: str, tmp_path) -> None:
     source = open_source(str(pico_model(tmp_path / "source", tokenizer=False, **SOURCES[name])))
     layers = [random_layer(form, 20, 0), random_layer(form, 12, 1)]

@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mha": {"kv_heads": 4},
     "biases-untied-llama3": {"attention_bias": True, "mlp_bias": True, "tied": False, "rope": "llama3"},
     "qwen2": {"family": "qwen2"},
+    "yarn": {"rope": "yarn"},
     "window": {"family": "mistral", "sliding_window": 7},
     "qwen3": {"family": "qwen3"},
     "qwen3-biases": {"family": "qwen3", "attention_bias": True, "kv_heads": 1},

@@ -20,11 +20,12 @@ from care_mla.checkpoint.opening import open_source
 from care_mla.configs import VerifyConfig
 from care_mla.errors import CheckpointError
 from care_mla.export import engine_transformers
+from care_mla.export.deepseek import write_deepseek_checkpoint
 from care_mla.export.hf import write_latent_checkpoint
 from care_mla.export.verify import judge, read_reference, store_reference, verify
 from care_mla.factors import LatentLayer
 from care_mla.mla.reference import Reference
-from export_cases import Exported, export, relative_error, token_ids
+from export_cases import Exported, decoupled_layer, export, relative_error, token_ids
 from latent_models import exact_layer, load
 
 from pico import pico_model
@@ -160,6 +161,20 @@ def test_wrong_configurations_fail(values: dict[str, Any], qwen: Exported) -> No
     body = verify_here(qwen.folder)
     assert not body["passed"]
     assert body["relative_error"] > 1e-4
+
+
+@pytest.mark.parametrize(
+    "change", [{"mscale_all_dim": 0.0}, {"attention_factor": 1.2}, {"factor": 8.0}, {"beta_slow": 0.5}]
+)
+def test_a_dropped_factor_of_yarn_fails(change: dict[str, float], tmp_path) -> None:
+    source = open_source(str(pico_model(tmp_path / "source", tokenizer=False, rope="yarn")))
+    layers, out = [decoupled_layer(source, seed, fold=1) for seed in range(2)], tmp_path / "out"
+    rope = write_deepseek_checkpoint(source, layers.__getitem__, out, torch.float32)["rope_parameters"]
+    assert rope["rope_type"] == "yarn"
+    store_reference(out, source, layers.__getitem__, token_ids(), num_greedy=4)
+    assert verify_here(out)["relative_error"] < 1e-5
+    change_config(out, rope_parameters=rope | change)
+    assert not verify_here(out)["passed"]
 
 
 def test_missing_and_unknown_weights_fail_by_name(qwen: Exported) -> None:

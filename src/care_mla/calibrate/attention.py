@@ -185,7 +185,7 @@ class FisherObserver:
     After `backward`: `grad_k_BLGH` at the key before RoPE, `grad_v_BLGH` at the value, and `grad_nope_BLGH`
     at the key that has lost RoPE and keeps its mean: with g_ts the gradient at the scaled logit,
     sum over the group's heads of conj(gamma_h) * sum_t g_ts q_h,t * scaling, where q is the query before
-    RoPE.
+    RoPE, times the square of RoPE's amplitude.
     """
 
     grad_k_BLGH: Tensor
@@ -206,7 +206,7 @@ class FisherObserver:
         """conj(gamma_h) q_h with q before RoPE; its energy is kept on the way."""
         plain_BNLF = self.turn.undo(query_BNLH)
         self.q_energy_NF = plain_BNLF.abs().square().sum((0, 2))
-        return as_pairs(self.gamma_NF.conj()[:, None] * plain_BNLF)
+        return as_pairs(self.gamma_NF.conj()[:, None] * plain_BNLF) * self.turn.scale**2
 
     def catch(self, grad_key_BGLH: Tensor, grad_nope_BGLH: Tensor, grad_value_BGLH: Tensor) -> None:
         """Take the gradients at the rotated keys, the keys without RoPE, and the values."""

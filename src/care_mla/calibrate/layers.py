@@ -42,12 +42,14 @@ class LayerStack:
             self._model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         # Rotary buffers are computed, not stored, so they must be born on the real device.
         self._rotary = type(self._model.model.rotary_emb)(config=self.config).to(device)
+        # longrope changes its buffer when it sees a longer text.
+        self._inv_freq_F = self._rotary.inv_freq.clone()
 
     @property
     def inv_freq_F(self) -> Tensor:
         """RoPE's angle per position of each pair of a head, in `pair_order`: 0 for those that it passes."""
-        passed = self.source.facts.head_dim // 2 - len(self._rotary.inv_freq)
-        return torch.nn.functional.pad(self._rotary.inv_freq, (0, passed))
+        passed = self.source.facts.head_dim // 2 - len(self._inv_freq_F)
+        return torch.nn.functional.pad(self._inv_freq_F, (0, passed))
 
     @property
     def rope_scale(self) -> float:

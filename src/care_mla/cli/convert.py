@@ -29,12 +29,21 @@ def print_conversion(body: dict[str, Any]) -> None:
     terminal = console.current()
     values = body["cached_values"]
     rank = body["kv_lora_rank"]
-    rows = [
+    rows: list[list[object]] = [
         ["cached values per token and layer, original", values["original"]],
         ["cached values per token and layer, converted", values["converted"]],
         ["kv_lora_rank", f"{min(rank)} to {max(rank)}, by layer" if isinstance(rank, list) else rank],
         ["qk_rope_head_dim", body["qk_rope_head_dim"]],
+        *[[f"held-out KL, RoPE table {table}", kl] for table, kl in (body["rope"]["kl"] or {}).items()],
+        *[[f"held-out KL, biases: {option}", kl] for option, kl in (body["biases"]["kl"] or {}).items()],
+        *[[f"runs in {name}", _verdict(said)] for name, said in body["engines"].items()],
         *[[f"seconds: {stage}", seconds] for stage, seconds in body["stages"].items()],
     ]
     terminal.table(f"Converted: {body['output']}", ["", "value"], rows)
+    for reason in body["needs_healing"]:
+        terminal.note(f"Needs healing: {reason}.")
     print_verdict(body["verify"])
+
+
+def _verdict(said: bool | str) -> str:
+    return "yes" if said is True else f"no: {said}"

@@ -13,6 +13,8 @@ from care_mla.cli.result import finish
 from care_mla.configs import Form, InspectConfig, PlanConfig, Profile
 from care_mla.errors import OptionError, UnsupportedModelError
 from care_mla.facts import ModelFacts
+from care_mla.families.effects import has_biases
+from care_mla.families.rope_table import has_choice
 from care_mla.forms import form_blocker, needs_healing
 from care_mla.plan import profile_blocker
 from care_mla.serving import fast_budgets, kernel_summary
@@ -74,7 +76,11 @@ def describe(facts: ModelFacts) -> dict[str, Any]:
         "cached_values": facts.cached_values,
         "ranks": [row for budget in _budgets(facts) for row in _ranks(facts, budget)],
         "forms": [_form(facts, form) for form in get_args(Form)],
-        "profiles": [_profile(facts, profile, engine) for profile, engine in PROFILES],
+        "profiles": [
+            _profile(facts, profile, engine, options)
+            for profile, engine in PROFILES
+            for options in _options(facts, profile)
+        ],
     }
 
 
@@ -120,9 +126,30 @@ def _form_answer(row: dict[str, Any]) -> str:
     return "yes, exact but for the rank" if row["form"] == "exact-rope" else "yes"
 
 
-def _profile(facts: ModelFacts, profile: Profile, engine: str) -> dict[str, Any]:
-    blocker = profile_blocker(facts, profile, engine=engine)
-    return {"profile": profile, "engine": engine, "possible": blocker is None, "blocked_by": blocker}
+def _options(facts: ModelFacts, profile: Profile) -> list[str]:
+    """Options that change which engines run this profile, each combination as the user would type it."""
+    tables = ["--rope-table scaled", "--rope-table plain"] if has_choice(facts) else [""]
+    biases = ["", "--biases absorb"] if has_biases(facts) and not facts.o_bias else [""]
+    if profile != "deepseek-v3":
+        return [""]
+    return [f"{table} {option}".strip() for table in tables for option in biases]
+
+
+def _profile(facts: ModelFacts, profile: Profile, engine: str, options: str) -> dict[str, Any]:
+    blocker = profile_blocker(
+        facts,
+        profile,
+        engine=engine,
+        plain_rope="plain" in options,
+        absorbs_biases="absorb" in options,
+    )
+    return {
+        "profile": profile,
+        "engine": engine,
+        "options": options,
+        "possible": blocker is None,
+        "blocked_by": blocker,
+    }
 
 
 def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
@@ -161,7 +188,11 @@ def _print(model: str, facts: ModelFacts, body: dict[str, Any]) -> None:
     terminal.table(f"Possible sizes of an MLA cache (--form {form})", columns, ranks)
     terminal.table("Forms", ["form", "possible"], [[row["form"], _form_answer(row)] for row in body["forms"]])
     profiles = [
-        [f"{row['profile']} in {row['engine']}", "yes" if row["possible"] else f"no: {row['blocked_by']}"]
+        [
+            f"{row['profile']} {row['options']}".strip(),
+            row["engine"],
+            "yes" if row["possible"] else f"no: {row['blocked_by']}",
+        ]
         for row in body["profiles"]
     ]
-    terminal.table("Profiles", ["profile", "possible"], profiles)
+    terminal.table("Profiles", ["profile and options", "engine", "exact"], profiles)

@@ -4,12 +4,12 @@ A half-split pair (f, f + F) is the complex number k_f; RoPE multiplies it by e^
 matrix across KV heads at one frequency commutes with it. Design, "Decoupling"; real rotations (RoRoPE) are
 the special case in rope.py.
 """
-# Shapes: D hidden_size, N query heads, G KV heads, H head_dim, F frequencies (rotary_dim/2), K = F/(P/2)
-#         folded frequencies of a block, B = P/2 blocks, P qk_rope_head_dim.
+# Shapes: D hidden_size, N query heads, G KV heads, n query heads of one KV head, H head_dim, F pairs of a
+#         head (H/2; those that RoPE passes come last), B = P/2 blocks, K frequencies of a block, S stacked
+#         keys of a block (G*K), P qk_rope_head_dim, M query and key width without RoPE (H), X any axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from care_mla.calibrate.attention import as_complex, as_pairs
 from care_mla.decompose.layer_inputs import LayerInputs
+from care_mla.decompose.rope_blocks import RopeBlocks, rope_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,88 +45,77 @@ def decouple(
     use_gamma: bool = True,
     query_weights: bool = True,
     fold: bool = True,
+    plain_table: bool = False,
 ) -> ComplexSplit:
     """The shared rope key that carries most of what rotation changes, and the rest with its mean rotation.
 
-    Per block of 2F/P neighbouring frequencies, over the stacked complex keys k of all KV heads (G*K entries)
-    with second moment M = E[k k^H] and weights d_g,f^2 = sum over the group's heads of E|q_h,f|^2 max(0, 1 -
-    |gamma_h,f|^2): with (lambda, u) the top eigenpair of D M D, the rope key is k' = u^H D k, rebuilt as v k'
-    with v = M D u / lambda, and rotated at the block's first frequency. What is left, k - v k', loses RoPE;
-    head h sees it times gamma_h,f.
+    Per block of frequencies that share a pair (`rope_blocks`), over the stacked complex keys k of all KV
+    heads (G*K entries) with second moment M = E[k k^H] and weights d_g,f^2 = sum over the group's heads of
+    E|q_h,f|^2 max(0, 1 - |gamma_h,f|^2): with (lambda, u) the top eigenpair of D M D, the rope key is
+    k' = u^H D k, rebuilt as v k' with v = M D u / lambda, and rotated at the block's angle. What is left,
+    k - v k', loses RoPE; head h sees it times gamma_h,f.
 
     Args:
-        qk_rope_head_dim: P; so many frequencies as a block has share one rope pair.
+        qk_rope_head_dim: P, twice the number of blocks.
         use_gamma: False takes gamma = 1 (and weights by query energy alone), for ablations.
         query_weights: False takes d = 1, for ablations.
         fold: False lets only the first frequency of each block have RoPE, for ablations.
+        plain_table: whether the rope key turns by plain RoPE's angles where the source scales its own.
     """
-    num_blocks = qk_rope_head_dim // 2
-    num_freqs = inputs.rotary_dim // 2
-    assert num_freqs % num_blocks == 0, f"P = {qk_rope_head_dim} does not divide {inputs.rotary_dim}"
-    size = num_freqs // num_blocks
-    # Pairs that RoPE passes have no RoPE to lose: no block, no rope key, and all of them stays.
-    w_k_GFD, passed_GFD = as_complex(inputs.w_k_GHD, dim=1).tensor_split([num_freqs], dim=1)
+    blocks = rope_blocks(inputs, qk_rope_head_dim // 2, plain_table=plain_table)
+    if not fold:
+        blocks.held_BK[:, 1:] = False
+    w_k_GFD = as_complex(inputs.w_k_GHD, dim=1)
     num_groups = w_k_GFD.shape[0]
     gamma_NF = inputs.gamma_NF if use_gamma else torch.ones_like(inputs.gamma_NF)
-
-    # S = G*K complex keys of each block, (KV head, frequency within the block).
-    def blocks(x_GF: Tensor) -> Tensor:
-        return x_GF.unflatten(1, (num_blocks, size)).transpose(0, 1).flatten(1, 2)
-
-    def unblocks(x_BS: Tensor) -> Tensor:
-        return x_BS.unflatten(1, (num_groups, size)).transpose(0, 1).flatten(1, 2)
-
-    moment_BSS = _key_moments(inputs, num_freqs, blocks)
+    moment_BSS = _key_moments(inputs, blocks)
     turned_NF = (1 - gamma_NF.abs().square()).clamp_min(0) if use_gamma else torch.ones_like(gamma_NF.real)
-    energy_NF = (inputs.q_energy_NF * turned_NF)[:, :num_freqs]
-    energy_BS = blocks(energy_NF.unflatten(0, (num_groups, -1)).sum(1))
-    d_BS = energy_BS.sqrt() if query_weights else torch.ones_like(energy_BS)
-    kept_S = torch.tensor(
-        [fold or f == 0 for _ in range(num_groups) for f in range(size)], device=d_BS.device
-    )
-    d_BS = d_BS * kept_S
+    energy_BS = blocks.stack((inputs.q_energy_NF * turned_NF).unflatten(0, (num_groups, -1)).sum(1))
+    d_BS = energy_BS.sqrt() if query_weights else blocks.stack(torch.ones_like(w_k_GFD[..., 0].real))
     eigenvalues_BS, vectors_BSS = torch.linalg.eigh(d_BS[:, :, None] * moment_BSS * d_BS[:, None])
     top_B, u_BS = eigenvalues_BS[:, -1], _fix_phase(vectors_BSS[:, :, -1])
     # A block in which nothing turns (lambda = 0) goes wholly without RoPE.
     inverse_B = torch.where(top_B > 0, 1 / top_B, torch.zeros_like(top_B))
-    pick_GF = unblocks(d_BS * u_BS.conj() * (top_B > 0)[:, None])
-    rebuild_GF = unblocks((moment_BSS @ (d_BS * u_BS)[:, :, None])[:, :, 0] * inverse_B[:, None] * kept_S)
+    pick_BS = d_BS * u_BS.conj() * (top_B > 0)[:, None]
+    rebuild_BS = (moment_BSS @ (d_BS * u_BS)[:, :, None])[:, :, 0] * inverse_B[:, None]
 
-    def gather(x_GFX: Tensor) -> Tensor:
-        """Sum over KV heads and over each block's frequencies: (G, F, …) to (B, …)."""
-        return x_GFX.sum(0).unflatten(0, (num_blocks, size)).sum(1)
+    k_rope_BD = (pick_BS[:, None] @ blocks.stack(w_k_GFD))[:, 0]
+    rest_GFD = w_k_GFD - blocks.unstack(rebuild_BS[:, :, None] * k_rope_BD[:, None], w_k_GFD)
+    group_size = inputs.num_heads // num_groups
 
-    k_rope_BD = gather(pick_GF[:, :, None] * w_k_GFD)
-    rest_GFD = w_k_GFD - rebuild_GF[:, :, None] * k_rope_BD.repeat_interleave(size, dim=0)
-    rebuild_NF = rebuild_GF.repeat_interleave(inputs.num_heads // num_groups, dim=0)
-
-    def rope_query(q_NFX: Tensor, shape: tuple[int, ...]) -> Tensor:
-        turned_NFX = rebuild_NF.conj().view(*rebuild_NF.shape, *shape) * q_NFX[:, :num_freqs]
-        return as_pairs(turned_NFX.unflatten(1, (num_blocks, size)).sum(2), dim=1)
+    def rope_query(q_NFX: Tensor) -> Tensor:
+        """conj(v) q summed over each block's frequencies: (N, P, X)."""
+        heads = [blocks.stack(q_GFX) for q_GFX in q_NFX.unflatten(0, (-1, group_size)).unbind(1)]
+        q_BSnX = torch.stack(heads, dim=2) * rebuild_BS.conj()[:, :, None, None]
+        q_BGnX = q_BSnX.unflatten(1, (num_groups, -1)).sum(2)
+        return as_pairs(q_BGnX.flatten(1, 2).transpose(0, 1), dim=1)
 
     w_q_NFD = as_complex(inputs.w_q_NHD, dim=1)
     b_q_NF = None if inputs.b_q_NH is None else as_complex(inputs.b_q_NH, dim=1)
-    b_k_GF = None if inputs.b_k_GH is None else as_complex(inputs.b_k_GH, dim=1)[:, :num_freqs]
+    k_bias_P = None
+    if inputs.b_k_GH is not None:
+        b_BS = blocks.stack(as_complex(inputs.b_k_GH, dim=1))
+        k_bias_P = as_pairs((pick_BS * b_BS).sum(1), dim=0)
     return ComplexSplit(
         k_rope_PD=as_pairs(k_rope_BD, dim=0),
-        nope_GMD=as_pairs(torch.cat((rest_GFD, passed_GFD), dim=1), dim=1),
-        q_rope_NPD=rope_query(w_q_NFD, (1,)),
+        nope_GMD=as_pairs(rest_GFD, dim=1),
+        q_rope_NPD=rope_query(w_q_NFD),
         # conj(q) gamma n = conj(conj(gamma) q) n: the mean rotation moves into the query.
         q_nope_NMD=as_pairs(gamma_NF.conj()[:, :, None] * w_q_NFD, dim=1),
-        k_rope_bias_P=None if b_k_GF is None else as_pairs(gather(pick_GF * b_k_GF), dim=0),
-        q_rope_bias_NP=None if b_q_NF is None else rope_query(b_q_NF, ()),
+        k_rope_bias_P=k_bias_P,
+        q_rope_bias_NP=None if b_q_NF is None else rope_query(b_q_NF[..., None])[..., 0],
         q_nope_bias_NM=None if b_q_NF is None else as_pairs(gamma_NF.conj() * b_q_NF, dim=1),
-        inv_freq_F=inputs.inv_freq_F[:num_freqs:size],
+        inv_freq_F=blocks.inv_freq_B,
     )
 
 
-def _key_moments(inputs: LayerInputs, num_freqs: int, blocks: Callable[[Tensor], Tensor]) -> Tensor:
+def _key_moments(inputs: LayerInputs, blocks: RopeBlocks) -> Tensor:
     """E[k k^H] of each block's stacked complex keys, K's bias included: (B, S, S)."""
-    w_BSD = blocks(as_complex(inputs.w_k_GHD, dim=1)[:, :num_freqs])
+    w_BSD = blocks.stack(as_complex(inputs.w_k_GHD, dim=1))
     moment_BSS = w_BSD @ inputs.c_DD.to(w_BSD.dtype) @ w_BSD.mH
     if inputs.b_k_GH is None:
         return moment_BSS
-    b_BS = blocks(as_complex(inputs.b_k_GH, dim=1)[:, :num_freqs])
+    b_BS = blocks.stack(as_complex(inputs.b_k_GH, dim=1))
     mean_BS = w_BSD @ inputs.mean_D.to(w_BSD.dtype)
     cross_BSS = mean_BS[:, :, None] * b_BS[:, None].conj()
     return moment_BSS + cross_BSS + cross_BSS.mH + b_BS[:, :, None] * b_BS[:, None].conj()

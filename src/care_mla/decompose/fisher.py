@@ -75,16 +75,22 @@ def exact_fisher(inputs: LayerInputs) -> Decomposition:
     return Decomposition(spectra=(factor.spectrum_K,), cut=cut)
 
 
-def decoupled_fisher(inputs: LayerInputs, *, qk_rope_head_dim: int) -> Decomposition:
+def decoupled_fisher(
+    inputs: LayerInputs, *, qk_rope_head_dim: int, plain_table: bool = False
+) -> Decomposition:
     """Decoupled: M0 = [N W_K; W_V], G0 at the key that has lost RoPE."""
+    split = decouple(inputs, qk_rope_head_dim, plain_table=plain_table)
     num_key_rows = inputs.num_kv_heads * inputs.head_dim
     fisher_OO = damp_blocks(inputs.fisher_nope_OO, num_key_rows, inputs.fisher_damping)
-    return decoupled_latent(inputs, decouple(inputs, qk_rope_head_dim), felt_covariance(inputs), fisher_OO)
+    return decoupled_latent(inputs, split, felt_covariance(inputs), fisher_OO)
 
 
-def decoupled_joint(inputs: LayerInputs, *, qk_rope_head_dim: int) -> Decomposition:
+def decoupled_joint(
+    inputs: LayerInputs, *, qk_rope_head_dim: int, plain_table: bool = False
+) -> Decomposition:
     """As `decoupled_fisher` with G0 = I: the complex decoupling alone."""
-    return decoupled_latent(inputs, decouple(inputs, qk_rope_head_dim), inputs.damped_c_DD, None)
+    split = decouple(inputs, qk_rope_head_dim, plain_table=plain_table)
+    return decoupled_latent(inputs, split, inputs.damped_c_DD, None)
 
 
 def decoupled_latent(

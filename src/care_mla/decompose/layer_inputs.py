@@ -16,6 +16,7 @@ from care_mla.calibrate.statistics import LayerSums, QkNormSums, RotationSums, s
 from care_mla.decompose.qk_norm import AffineMap, LayerQkNorm, NormedMoments, nearest_map
 from care_mla.factors import LatentLayer
 from care_mla.families.rope import pair_order, passed_scale
+from care_mla.families.rope_table import unscaled
 from care_mla.workspace import Workspace, layer_file
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class LayerInputs:
     query before RoPE, as complex pairs (f, f + F). `gamma_NF` (complex) is the mean rotation that each head
     sees. The Fisher matrices are means of g g^T over tokens, with g the gradient at [keys of all KV heads;
     values of all KV heads]: `fisher_exact_OO` at the key before RoPE, `fisher_nope_OO` at the key that has
-    lost RoPE (see decompose/fisher.py). `inv_freq_F` are the source's angles per position.
+    lost RoPE (see decompose/fisher.py). `inv_freq_F` are the source's angles per position; those in
+    `unscaled_F` are theta^(-f/F) with theta `rope_theta`, as in plain RoPE.
 
     Where RoPE passes `passed_dim` rows of each head, queries and keys have their rows in `pair_order`: all of
     the head is half-split pairs, and the pairs that RoPE passes come last, with an angle of 0. They never
@@ -61,6 +63,8 @@ class LayerInputs:
     fisher_exact_OO: Tensor
     fisher_nope_OO: Tensor
     inv_freq_F: Tensor
+    unscaled_F: Tensor
+    rope_theta: float
     damping: float
     fisher_damping: float
     passed_dim: int = 0
@@ -205,6 +209,8 @@ def layer_inputs(
         fisher_exact_OO=sums.fisher_exact_OO / sums.tokens,
         fisher_nope_OO=sums.fisher_nope_OO / sums.tokens,
         inv_freq_F=inv_freq_F.to(device, torch.float64),
+        unscaled_F=torch.tensor(unscaled(facts), device=device),
+        rope_theta=facts.rope_theta,
         damping=damping,
         fisher_damping=fisher_damping,
         passed_dim=facts.head_dim - facts.rotary_dim,

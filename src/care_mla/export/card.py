@@ -41,8 +41,12 @@ class Card:
         kv_lora_rank: one number, or one per layer.
         cached_values: per token and layer, of the original and of the converted model.
         kl_held_out: mean KL(original || converted), nats per token, on held-out calibration text.
-        needs_healing: what the conversion approximates besides its form and rank (forms.needs_healing).
+        needs_healing: what the conversion approximates besides its form and rank.
         perplexity: on the same text, of the original and of the converted model.
+        rope_kl: the same KL of the best conversion with the source's RoPE table (`scaled`), and with plain
+            RoPE's (`plain`), where there was a choice.
+        bias_kl: the same KL with biases as they are (`keep`), and absorbed into weights (`absorb`).
+        engines: True for those that run it exactly, else why not.
         verify: what `care verify` found, if it ran.
         recipe: from `recipe_text`.
         versions: of the software that decides the numbers.
@@ -63,6 +67,9 @@ class Card:
     kl_held_out: float | None = None
     needs_healing: Sequence[str] = field(default_factory=tuple)
     perplexity: tuple[float, float] | None = None
+    rope_kl: Mapping[str, float] | None = None
+    bias_kl: Mapping[str, float] | None = None
+    engines: Mapping[str, bool | str] = field(default_factory=dict)
     verify: Mapping[str, Any] | None = None
     recipe: str
     versions: Mapping[str, str | None]
@@ -101,6 +108,10 @@ def card_text(card: Card) -> str:
         _healing(card),
         _loading(card),
         _figures(card),
+        _list(
+            "Engines",
+            [f"{name}: {'yes' if said is True else f'no, {said}'}" for name, said in card.engines.items()],
+        ),
         _list("Warnings", card.warnings),
         f"## Recipe\n\nThe same options give the same files:\n\n```yaml\n{card.recipe.strip()}\n```",
         _list("Versions", [f"{name} {value or 'not installed'}" for name, value in card.versions.items()]),
@@ -176,6 +187,13 @@ def _figures(card: Card) -> str:
         rows.append(("perplexity, held-out calibration text", f"{was:.4g}", f"{now:.4g}"))
     if card.kl_held_out is not None:
         rows.append(("KL to the original on it, nats per token", "0", f"{card.kl_held_out:.4g}"))
+    beside = {
+        "with the original's RoPE table, for transformers alone": (card.rope_kl or {}).get("scaled"),
+        "with plain RoPE's table, for every engine": (card.rope_kl or {}).get("plain"),
+        "with biases kept, for transformers alone": (card.bias_kl or {}).get("keep"),
+        "with biases absorbed into weights, for every engine": (card.bias_kl or {}).get("absorb"),
+    }
+    rows += [(f"the same KL {how}", "0", f"{kl:.4g}") for how, kl in beside.items() if kl is not None]
     lines = ["| | original | converted |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     return "## Measured\n\n" + "\n".join(lines) + _verdict(card.verify)
 

@@ -26,6 +26,7 @@ from care_mla.export.verify import SOURCE_CONFIG
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config, rotary_frequencies, weight_names
+from care_mla.families.rope_scaling import yarn_mscale
 from care_mla.plan import stock_profile
 
 ATTENTION = ".self_attn."
@@ -79,6 +80,9 @@ class ConvertedFolder(FolderSource):
         # Mistral 4's is plain RoPE in other words (experts.py).
         is_mistral = self.config["model_type"] == "mistral4"
         rope = facts.rope_parameters if is_mistral else self.config["rope_parameters"]
+        if rope["rope_type"] == "yarn":
+            # As written, the amplitude is on the softmax, which comes to the same.
+            rope = rope | {"attention_factor": yarn_mscale(rope["factor"])}
         return replace(
             facts,
             rms_norm_eps=self.config["rms_norm_eps"],

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,14 @@ from transformers import AutoConfig
 
 from care_mla.checkpoint.writer import ShardWriter
 from care_mla.configs import Form, Profile
+from care_mla.engines import engine_verdicts
 from care_mla.errors import ExportError
 from care_mla.export.experts import expert_config, expert_tensors, mistral4_config
 from care_mla.export.latent_norm import NORM_EPS, LinearNorm, latent_norm, query_norm, refuse_float16
 from care_mla.export.residual import residual_factor, residual_scale
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
-from care_mla.families.rope import llama3_frequency
+from care_mla.families.rope_table import WrittenRope, plain_frequencies, written_rope
 from care_mla.mla.mapping import LatentDims
 from care_mla.plan import check_profile
 from care_mla.workspace import write_json
@@ -85,33 +86,46 @@ def check_deepseek(
         )
 
 
-def check_layer(facts: ModelFacts, layer: LatentLayer, layer_idx: int) -> None:
-    """Refuse a table of RoPE frequencies that the configuration could not say.
-
-    The class computes theta^(-2i/P), scaled as llama3 if the source is: every (H/P)-th frequency of the
-    source.
+def layer_rope(facts: ModelFacts, layer: LatentLayer, layer_idx: int) -> WrittenRope:
+    """How the configuration says a layer's table of RoPE frequencies.
 
     Raises:
-        ExportError: naming the layer.
+        ExportError: it cannot; naming the layer.
     """
-    width = layer.qk_rope_head_dim
-    expected = [facts.rope_theta ** (-2 * i / width) for i in range(width // 2)]
-    if facts.rope_type == "llama3":
-        expected = [llama3_frequency(angle, facts.rope_parameters) for angle in expected]
     found_F = layer.inv_freq_JF[0].double().cpu()
-    # A float32 table may differ by its rounding, which engines add anyway.
-    error = (found_F / torch.tensor(expected, dtype=torch.float64) - 1).abs().max().item()
-    if not error <= 1e-6:
+    rope = written_rope(facts, found_F.tolist())
+    if rope is None:
+        expected = plain_frequencies(facts.rope_theta, layer.qk_rope_head_dim)
         raise ExportError(
             f"Stock profiles: layer {layer_idx} has RoPE frequencies {found_F.tolist()[:4]}…, but the "
-            f"class computes theta^(-2i/P) for theta {facts.rope_theta:g}, P {width} ({expected[:4]}…), so "
-            "that keys would turn wrongly. Nothing was written. Choose --profile care, which stores any "
-            "table."
+            f"class computes theta^(-2i/P) for theta {facts.rope_theta:g}, P {layer.qk_rope_head_dim} "
+            f"({expected[:4]}…) or the source's scaling of them, so that keys would turn wrongly. Nothing "
+            "was written. Choose --profile care, which stores any table."
         )
+    return rope
+
+
+def scaled_queries(layer: LatentLayer, factor: float) -> LatentLayer:
+    """A decoupled layer with all of its logits multiplied by a factor."""
+
+    def scaled(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor * factor
+
+    return replace(
+        layer,
+        q_rope_NPD=layer.q_rope_NPD * factor,
+        q_nope_NMD=scaled(layer.q_nope_NMD),
+        q_rope_bias_NP=scaled(layer.q_rope_bias_NP),
+        q_nope_bias_NM=scaled(layer.q_nope_bias_NM),
+    )
 
 
 def deepseek_config(
-    facts: ModelFacts, dims: Sequence[LatentDims], dtype: torch.dtype, profile: Profile = PROFILE
+    facts: ModelFacts,
+    dims: Sequence[LatentDims],
+    dtype: torch.dtype,
+    rope_parameters: dict[str, Any],
+    profile: Profile = PROFILE,
 ) -> dict[str, Any]:
     """The `config.json` of a DeepSeek model with these layers (all of one size), in V3's words."""
     source = dict(facts.config)
@@ -136,8 +150,7 @@ def deepseek_config(
         "v_head_dim": facts.head_dim,
         "attention_bias": has_bias,
         "rms_norm_eps": NORM_EPS,
-        # Of its rope key the class rotates all.
-        "rope_parameters": {k: v for k, v in facts.rope_parameters.items() if k != "partial_rotary_factor"},
+        "rope_parameters": rope_parameters,
         "rope_interleave": True,
         "tie_word_embeddings": facts.tie_word_embeddings,
         "hidden_act": "silu",
@@ -286,15 +299,16 @@ def write_deepseek_checkpoint(
         own_head: write a tied head as a tensor of its own, for engines that do not tie it.
 
     Returns:
-        What the export decided, for the model card: sizes, the scale of the residual stream, and the bound
-        and scales of each layer's norm.
+        What the export decided, for the model card: sizes, RoPE, which engines run it exactly, the scale of
+        the residual stream, and the bound and scales of each layer's norm.
 
     Raises:
         ExportError: the class cannot express the model, or a tensor of the source has no place in it.
     """
     facts = source.facts
-    dims = _checked_dims(source, layers, dtype, profile, engine)
-    config = deepseek_config(facts, dims, dtype, profile) | {"v_head_dim": layers(0).up_v_GHR.shape[1]}
+    dims, rope = _checked_dims(source, layers, dtype, profile, engine)
+    config = deepseek_config(facts, dims, dtype, rope.parameters, profile)
+    config["v_head_dim"] = layers(0).up_v_GHR.shape[1]
     has_query_bias = config["q_lora_rank"] is not None
     writer = ShardWriter(folder)
     for name in source.names():
@@ -309,7 +323,7 @@ def write_deepseek_checkpoint(
     for layer_idx in range(facts.num_hidden_layers):
         prefix = f"model.layers.{layer_idx}."
         tensors, norm = attention_tensors(
-            layers(layer_idx),
+            scaled_queries(layers(layer_idx), rope.query_scale),
             source.tensor(f"{prefix}input_layernorm.weight"),
             source.tensor(f"{prefix}self_attn.o_proj.weight"),
             source.tensor(f"{prefix}self_attn.o_proj.bias") if facts.o_bias else None,
@@ -332,6 +346,8 @@ def write_deepseek_checkpoint(
         "profile": profile,
         **{key: config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank")},
         "cached_values": dims[0].kv_lora_rank + dims[0].qk_rope_head_dim,
+        "rope_parameters": rope.parameters,
+        "engines": engine_verdicts(config),
         "residual_scale": residual_scale(facts),
         "latent_norms": [asdict(norm) for norm in norms],
     }
@@ -339,16 +355,16 @@ def write_deepseek_checkpoint(
 
 def _checked_dims(
     source: Source, layers: Callable[[int], LatentLayer], dtype: torch.dtype, profile: Profile, engine: str
-) -> list[LatentDims]:
-    """Sizes of all layers, after every check that the export has."""
+) -> tuple[list[LatentDims], WrittenRope]:
+    """Sizes of all layers and the RoPE that they share, after every check that the export has."""
     facts = source.facts
-    dims = []
+    dims, ropes = [], []
     for layer_idx in range(facts.num_hidden_layers):
         layer = layers(layer_idx)
         dims.append(LatentDims.of(layer))
         ranks = [d.kv_lora_rank for d in dims]
         check_deepseek(facts, layer.form, dtype=dtype, ranks=ranks, profile=profile, engine=engine)
-        check_layer(facts, layer, layer_idx)
+        ropes.append(layer_rope(facts, layer, layer_idx))
     names = set(source.headers) - set(source.ignored())
     places = [KEPT, REPLACED] if facts.qk_norm is None else [KEPT, REPLACED, QK_NORMS]
     if lost := sorted(name for name in names if not any(place.fullmatch(name) for place in places)):
@@ -358,7 +374,8 @@ def _checked_dims(
         )
     widths = sorted({(layer.qk_nope_head_dim, layer.qk_rope_head_dim) for layer in dims})
     assert len(widths) == 1, f"(M, P) differ between layers: {widths}"
-    return dims
+    assert all(rope == ropes[0] for rope in ropes), "RoPE differs between layers"
+    return dims, ropes[0]
 
 
 def _scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from care_mla.errors import ExportError
-from care_mla.export.deepseek import KEPT, REPLACED, neighbour_pairs
+from care_mla.export.deepseek import KEPT, REPLACED, neighbour_pairs, scaled_queries
 from care_mla.export.gguf_vocabulary import write_vocabulary
 from care_mla.export.latent_norm import LinearNorm, latent_norm
 from care_mla.export.residual import STREAM_WRITERS, residual_factor
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
+from care_mla.families.rope import rope_amplitude
 from care_mla.plan import profile_blocker
 
 if TYPE_CHECKING:
@@ -251,7 +252,9 @@ def _tensors(
         for name in _inside(source, layer_idx):
             yield scaled(name)
         norm_D = source.tensor(f"model.layers.{layer_idx}.input_layernorm.weight")
-        tensors, _ = attention_tensors(layers(layer_idx), norm_D, eps)
+        # RoPE in llama.cpp has no amplitude; logits grow by its square.
+        layer = scaled_queries(layers(layer_idx), rope_amplitude(source.facts) ** 2)
+        tensors, _ = attention_tensors(layer, norm_D, eps)
         for module, tensor in tensors.items():
             yield f"blk.{layer_idx}.{module}.weight", tensor
         advance()

@@ -18,6 +18,7 @@ from care_mla.families.qwen2 import QWEN2
 from care_mla.families.qwen3 import QWEN3
 from care_mla.families.qwen3_moe import QWEN3_MOE
 from care_mla.families.rope import rope_parameters, rotary_dim
+from care_mla.families.rope_scaling import check_factors, switches_table
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
@@ -94,6 +95,12 @@ def facts_from_config(config: Mapping[str, Any]) -> ModelFacts:
         raise UnsupportedModelError(f"{where}: {'; '.join(blockers)}. Choose a model without this feature.")
     rope = rope_parameters(full, where)
     rotary = rotary_dim(full, rope, where, is_heeded=family.has_partial_rotary)
+    check_factors(rope, rotary // 2, where)
+    if switches_table(rope):
+        # A converted model has the one table for these positions, so nothing is measured beyond them.
+        full["max_position_embeddings"] = min(
+            full["max_position_embeddings"], rope["original_max_position_embeddings"]
+        )
     experts = family.experts(full) if family.experts is not None else None
     _check_experts(experts, where)
     routing: dict[str, Any] = {} if experts is None else asdict(experts)

@@ -8,8 +8,11 @@ from typing import Any
 
 from care_mla.errors import UnsupportedModelError
 from care_mla.facts import ModelFacts
+from care_mla.families.rope_scaling import scaled_frequencies, scaling_parameters
 
 DEFAULT_THETA = 10000.0  # transformers' default for all supported families
+ROPE_TYPES = ("default", "linear", "yarn", "longrope", "llama3")
+OLD_NAMES = {"su": "longrope"}  # of Phi-3's first release
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -24,7 +27,7 @@ def rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         where: how error messages call the model.
 
     Raises:
-        UnsupportedModelError: RoPE is neither plain nor llama3, or turns only a part of the head.
+        UnsupportedModelError: RoPE has no fixed table of angles, or turns only a part of the head.
     """
     found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in found.values()):
@@ -34,11 +37,14 @@ def rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     rope_type = found.get("rope_type", found.get("type", "default"))
     theta = found.get("rope_theta", config.get("rope_theta", DEFAULT_THETA))
-    if rope_type not in ("default", "llama3"):
+    rope_type = OLD_NAMES.get(rope_type, rope_type)
+    if rope_type not in ROPE_TYPES:
+        is_dynamic = rope_type == "dynamic"
+        reason = "changes its angles with the length of the text" if is_dynamic else "is unknown here"
         raise UnsupportedModelError(
-            f"{where}: rope_type is {rope_type!r}. Only 'default' and 'llama3' give angles that stay exact "
-            "after the conversion. Choose the model without RoPE scaling, often the same checkpoint before "
-            "its context extension."
+            f"{where}: rope_type is {rope_type!r}, which {reason}, and a converted model has one table of "
+            f"angles. Supported: {', '.join(ROPE_TYPES)}. Choose the model without this scaling, often the "
+            "same checkpoint before its context extension."
         )
     if not isinstance(theta, int | float) or theta <= 1:
         raise UnsupportedModelError(
@@ -47,6 +53,8 @@ def rope_parameters(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_type": rope_type, "rope_theta": float(theta)}
     if rope_type == "llama3":
         parameters |= _llama3(found, config, where)
+    elif rope_type != "default":
+        parameters |= scaling_parameters(rope_type, found, config, where)
     partial = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1):
         parameters["partial_rotary_factor"] = partial
@@ -110,10 +118,7 @@ def _llama3(found: Mapping[str, Any], config: Mapping[str, Any], where: str) -> 
 
 
 def rotary_frequencies(facts: ModelFacts) -> list[float]:
-    """Angles in radians per position of the pairs (i, i + W/2) of a head, llama3's scaling included.
-
-    W is `rotary_dim`. RoPE's amplitude (transformers' `attention_scaling`) is 1 for every supported type.
-    """
+    """Angles in radians per position of the pairs (i, i + rotary_dim/2) of a head, scaling included."""
     theta = facts.rope_theta
     plain = [theta ** (-2 * i / facts.rotary_dim) for i in range(facts.rotary_dim // 2)]
     match facts.rope_type:
@@ -121,8 +126,13 @@ def rotary_frequencies(facts: ModelFacts) -> list[float]:
             return plain
         case "llama3":
             return [llama3_frequency(angle, facts.rope_parameters) for angle in plain]
-        case other:
-            raise AssertionError(other)
+        case _:
+            return scaled_frequencies(plain, facts.rope_parameters)
+
+
+def rope_amplitude(facts: ModelFacts) -> float:
+    """What RoPE multiplies queries and keys by (transformers' `attention_scaling`); logits by its square."""
+    return float(facts.rope_parameters.get("attention_factor", 1.0))
 
 
 def pair_order(facts: ModelFacts) -> list[int]:

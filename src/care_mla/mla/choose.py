@@ -7,7 +7,8 @@ Writes `choice_….json` in the work folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor
@@ -21,18 +22,27 @@ from care_mla.factors import LatentLayer
 from care_mla.mla.divergence import measure
 from care_mla.workspace import Workspace, fingerprint, write_json
 
+# A plain RoPE table runs in every engine; it is taken unless held-out text diverges more than so many times
+# as much as with the source's own table, which transformers alone reads.
+PLAIN_FACTOR = 1.5
 # Methods whose spectrum predicts the loss on one scale for all layers, so that `auto` may spread ranks by it.
 SPREADABLE = ("fisher", "joint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One fully determined conversion: a variant and the ranks of every layer, one for each latent."""
+    """One fully determined conversion: a variant and the ranks of every layer, one for each latent.
+
+    `held_out_kl` is what was measured of it, `table_kl` and `bias_kl` of the best conversions with either
+    RoPE table, and of this one with biases kept and absorbed; None where there was nothing to decide.
+    """
 
     variant: Variant
     allocation: Allocation
     ranks: tuple[tuple[int, ...], ...]
     held_out_kl: float | None = field(default=None, compare=False)
+    table_kl: dict[str, float] | None = field(default=None, compare=False)
+    bias_kl: dict[str, float] | None = field(default=None, compare=False)
 
     @property
     def kv_lora_rank(self) -> int | list[int]:
@@ -116,12 +126,17 @@ def choose(
 ) -> list[Choice]:
     """The best of each group on the first held-out block; all groups are measured in one sweep.
 
+    A candidate that pays for running in more engines is measured beside the same one that does not.
+
     Args:
-        groups: candidates of each method.
+        groups: candidates of each method; a group of one with nothing to compare is not measured.
         advance: called after each layer.
         measure_all: whether a group of one is measured too, though it leaves no choice.
     """
-    open_groups = [group for group in groups if measure_all or len(group) > 1]
+    compared = [
+        list(dict.fromkeys(c for choice in group for c in (choice, *_twins(choice)))) for group in groups
+    ]
+    open_groups = [group for group in compared if measure_all or len(group) > 1]
     key = {
         "groups": [[asdict(choice) for choice in group] for group in open_groups],
         "tokens": held_out_BL.tolist(),
@@ -133,5 +148,40 @@ def choose(
         measured = measure(stack, named, held_out_BL[:1], advance)[1] if named else {}
         write_json(path, {label: found.mean_kl for label, found in measured.items()})
     kl = json.loads(path.read_text(encoding="utf-8"))
-    best = [min(group, key=lambda choice: kl.get(choice.label, 0.0)) for group in groups]
-    return [replace(choice, held_out_kl=kl.get(choice.label)) for choice in best]
+    return [_best(group, beside, kl) for group, beside in zip(groups, compared, strict=True)]
+
+
+def _twins(choice: Choice) -> list[Choice]:
+    """The same conversion with the source's own RoPE table, and with its biases, where it has neither."""
+    variant, twins = choice.variant, []
+    if variant.rope_table == "plain":
+        twins.append(replace(choice, variant=replace(variant, rope_table="scaled")))
+    if variant.absorbs_biases:
+        twins.append(replace(choice, variant=replace(variant, absorbs_biases=False)))
+    return twins
+
+
+def _best(group: Sequence[Choice], beside: Sequence[Choice], kl: Mapping[str, float]) -> Choice:
+    """What diverges least of a group, or what runs in more engines and diverges little more.
+
+    Args:
+        beside: the group with the twins that it was measured with.
+        kl: by label; empty where nothing was measured.
+    """
+    if len(beside) == 1:
+        return group[0]
+    best = min(group, key=lambda choice: kl[choice.label])
+    plain = [choice for choice in group if choice.variant.rope_table == "plain"]
+    if plain:
+        other = min(plain, key=lambda choice: kl[choice.label])
+        best = other if kl[other.label] <= PLAIN_FACTOR * kl[best.label] else best
+    table_kl: dict[str, float] = {}
+    for choice in beside:
+        table = choice.variant.rope_table
+        if table is not None and choice.variant.absorbs_biases == best.variant.absorbs_biases:
+            table_kl[table] = min(kl[choice.label], table_kl.get(table, math.inf))
+    bias_kl = None
+    if best.variant.absorbs_biases:
+        kept = replace(best, variant=replace(best.variant, absorbs_biases=False))
+        bias_kl = {"keep": kl[kept.label], "absorb": kl[best.label]}
+    return replace(best, held_out_kl=kl[best.label], table_kl=table_kl or None, bias_kl=bias_kl)

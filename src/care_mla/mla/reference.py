@@ -22,7 +22,7 @@ from care_mla.errors import UnsupportedModelError
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import block_norms, rotary_frequencies
-from care_mla.families.rope import passed_scale
+from care_mla.families.rope import passed_scale, rope_amplitude
 from care_mla.plan import REFERENCE_BYTES
 
 if TYPE_CHECKING:
@@ -211,9 +211,9 @@ class Reference:
                 past.keys.append(k_BGTK)
                 past.values.append(v_BGTH)
         per_group = q_BNLK.shape[1] // k_BGTK.shape[1]
-        scores_BGnLT = (
-            q_BNLK.unflatten(1, (-1, per_group)) @ k_BGTK[:, :, None].mT / math.sqrt(self.facts.head_dim)
-        )
+        # RoPE's amplitude is on queries and keys alike; of converted ones, the parts without RoPE keep it.
+        scaling = rope_amplitude(self.facts) ** 2 / math.sqrt(self.facts.head_dim)
+        scores_BGnLT = q_BNLK.unflatten(1, (-1, per_group)) @ k_BGTK[:, :, None].mT * scaling
         back_LT = positions_L[:, None] - torch.arange(k_BGTK.shape[2], device=x_BLD.device)
         hidden_LT = back_LT < 0
         if self.facts.sliding_window is not None:
