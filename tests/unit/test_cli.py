@@ -201,7 +201,9 @@ def test_mistakes_in_a_recipe_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "many" in capsys.readouterr().err
 
 
-def test_arguments_and_repeated_flags(tmp_path: Path) -> None:
+def test_arguments_and_repeated_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The default folder may be there already where the tests are run.
+    monkeypatch.chdir(tmp_path)
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for text in texts:
         text.write_text("text")
@@ -223,7 +225,13 @@ def test_interrupt_exits_with_130_and_says_that_work_is_kept(config_only: Path) 
     # Reading this configuration blocks until somebody writes to it, so the signal meets a working command.
     (config_only / "config.json").unlink()
     os.mkfifo(config_only / "config.json")
-    process = subprocess.Popen([*COMMAND, "inspect", str(config_only)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, "inspect", str(config_only)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs of a shell ignore the signal, and hand that on to their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     writer = os.open(config_only / "config.json", os.O_WRONLY)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
