@@ -14,17 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from care_mla.budget import MAX_ROPE_HEAD_DIM, Dims, cached_values, resolve_dims
-from care_mla.configs import CalibrationConfig, Form, PlanConfig, Profile
-from care_mla.engines import engine_blocker
-from care_mla.errors import ExportError, OptionError
+from care_mla.budget import Dims, cached_values, resolve_dims
+from care_mla.configs import CalibrationConfig, Form, PlanConfig
+from care_mla.errors import OptionError
 from care_mla.facts import ModelFacts
-from care_mla.families.effects import check_effects, has_biases
+from care_mla.families.effects import check_effects
 from care_mla.families.rope_scaling import switches_table
-from care_mla.families.rope_table import decoupled_rope
 from care_mla.forms import check_form, needs_healing
-from care_mla.routers import router_blocker
-from care_mla.serving import head_dim_blocker
+from care_mla.profiles import check_profile
 
 GIB = 2**30
 ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at once
@@ -35,8 +32,6 @@ SAMPLING_CACHE_BYTES = 2**31  # keys and values while the model writes its own t
 REFERENCE_BYTES = 2**32  # the reference forward keeps its weights between steps only up to here
 # Without a measurement: a laptop's float32 matrix products, and those of a data-centre GPU (TF32).
 ASSUMED_FLOPS = {"cpu": 5e10, "cuda": 1e14}
-# In the order in which they are tried: the first serves most engines, the last transformers alone.
-STOCK_PROFILES: tuple[Profile, ...] = ("deepseek-v3", "deepseek-v2", "mistral4")
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -114,76 +109,6 @@ def machine_memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return total if text == "max" else min(total, int(text))
-
-
-def profile_blocker(
-    facts: ModelFacts,
-    profile: Profile,
-    *,
-    engine: str = "transformers",
-    plain_rope: bool = False,
-    absorbs_biases: bool = False,
-) -> str | None:
-    """Why a profile cannot express this model exactly in an engine; None where it can.
-
-    Stock profiles have no sliding window, no MLP bias and no norm after a block anywhere, and attention
-    biases and most scaled RoPE in transformers alone; each has a router of its own. What depends on more than
-    the model (form, ranks, dtype) is checked in export/deepseek.py, which asks here first.
-
-    Args:
-        engine: by its name in `engines.ENGINES`.
-        plain_rope: whether the rope key turns by plain RoPE's angles (--rope-table plain).
-        absorbs_biases: whether biases go into the weights (--biases absorb).
-    """
-    if profile == "vllm":
-        engine = "vLLM"
-    if profile == "care":
-        return None if engine == "transformers" else "our own class runs in transformers"
-    if facts.sliding_window is not None and facts.sliding_window < facts.max_position_embeddings:
-        return f"sliding_window {facts.sliding_window}: DeepSeek's attention sees all positions"
-    if facts.is_post_norm:
-        return "norms come after attention and MLP: DeepSeek's layers have them before"
-    if facts.mlp_bias:
-        return "mlp_bias: DeepSeek's MLP has no biases"
-    if (router := router_blocker(facts, profile, engine)) is not None:
-        return router
-    if profile == "deepseek-v3" and engine == "vLLM" and facts.tie_word_embeddings:
-        return "tied embeddings: vLLM's DeepSeek class wants a head of its own, which profile vllm writes"
-    if profile == "vllm" and (heads := head_dim_blocker(facts)) is not None:
-        return heads
-    rope = decoupled_rope(facts, min(facts.rotary_dim, MAX_ROPE_HEAD_DIM), plain=plain_rope)
-    biased = facts.o_bias or (has_biases(facts) and not absorbs_biases)
-    return engine_blocker({"attention_bias": biased, "rope_parameters": rope}, engine)
-
-
-def stock_profile(facts: ModelFacts) -> tuple[Profile | None, str]:
-    """The stock profile that transformers runs exactly, and why there is none or not the usual one."""
-    reasons = {profile: profile_blocker(facts, profile) for profile in STOCK_PROFILES}
-    found = next((profile for profile, reason in reasons.items() if reason is None), None)
-    usual = reasons["mistral4" if facts.sparse_layers and found is None else "deepseek-v3"]
-    return found, usual or ""
-
-
-def check_profile(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> None:
-    """Refuse a profile that cannot express the model in an engine, before any work.
-
-    Raises:
-        ExportError: the message names the feature.
-    """
-    blocker = profile_blocker(facts, profile, engine=engine)
-    if blocker is not None:
-        stock, _ = stock_profile(facts)
-        instead = "" if stock is None else f"--profile {stock}, which stock transformers runs, or "
-        instead += "--profile care, our own transformers class, which keeps it exactly."
-        if profile == "vllm" and stock == "deepseek-v3":
-            instead = (
-                "--profile deepseek-v3, and serve it by transformers' class inside vLLM: vllm serve OUT "
-                "--model-impl transformers"
-            )
-        raise ExportError(
-            f"--profile {profile} cannot express this {facts.family} model ({blocker}). Nothing was written. "
-            f"Choose {instead}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

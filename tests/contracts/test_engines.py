@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from care_mla.export.vllm import write_vllm_checkpoint
-from care_mla.plan import profile_blocker
+from care_mla.profiles import profile_blocker
 from care_mla.serving import kernels
 from care_mla.workspace import read_json
 from export_cases import export

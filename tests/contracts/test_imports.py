@@ -33,7 +33,7 @@ BASE = {
     "decoupled_options",
 }
 STEPS = [
-    *("families", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
+    *("families", "profiles", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
     *("heal", "evaluate", "report", "pipeline", "cli", "__main__"),
 ]
 # These run before anything is loaded, or run on machines without torch.

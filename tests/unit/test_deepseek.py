@@ -29,7 +29,7 @@ from care_mla.factors import LatentLayer
 from care_mla.families import rotary_frequencies
 from care_mla.mla.mapping import LatentDims
 from care_mla.mla.reference import Reference
-from care_mla.plan import profile_blocker
+from care_mla.profiles import profile_blocker
 from export_cases import decoupled_layer, relative_error, token_ids
 from latent_models import random_layer
 

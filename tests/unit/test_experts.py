@@ -26,7 +26,8 @@ from care_mla.export.stock import write_deepseek_v2_checkpoint, write_mistral4_c
 from care_mla.export.verify import judge, read_reference, store_reference
 from care_mla.export_config import ExportConfig
 from care_mla.mla.reference import Reference
-from care_mla.plan import check_profile, parameter_count, plan, profile_blocker, stock_profile
+from care_mla.plan import parameter_count, plan
+from care_mla.profiles import check_profile, profile_blocker, stock_profile
 from export_cases import decoupled_layer, relative_error, token_ids
 
 from pico import pico_model

@@ -18,9 +18,11 @@ FACTS = ModelFacts(
     family="llama", architecture="LlamaForCausalLM", model_type="llama", hidden_size=4096,
     intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     head_dim=128, vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=5e5,
-    rope_parameters={"rope_type": "default", "rope_theta": 5e5}, tie_word_embeddings=False,
+    rope_parameters={"rope_type": "default", "rope_theta": 5e5}, tie_word_embeddings=False, rotary_dim=128,
 )  # fmt: skip
-SMALL = replace(FACTS, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+SMALL = replace(
+    FACTS, hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64, rotary_dim=64
+)
 
 
 @pytest.mark.parametrize(

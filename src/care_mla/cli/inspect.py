@@ -16,7 +16,7 @@ from care_mla.facts import ModelFacts
 from care_mla.families.effects import has_biases
 from care_mla.families.rope_table import has_choice
 from care_mla.forms import form_blocker, needs_healing
-from care_mla.plan import profile_blocker
+from care_mla.profiles import profile_blocker
 from care_mla.serving import fast_budgets, kernel_summary
 
 BUDGETS = (1.0, 0.5, 0.25, 0.125)

@@ -52,7 +52,8 @@ def rope_blocks(inputs: LayerInputs, num_blocks: int, *, plain_table: bool = Fal
         plain_table: whether blocks turn by plain RoPE's angles whatever the source's scaling.
     """
     # Pairs of a head beyond these do not turn at all.
-    inv_freq_F = inputs.inv_freq_F[: len(inputs.unscaled_F)]
+    inv_freq_F = inputs.inv_freq_F[: inputs.rotary_dim // 2]
+    unscaled_F = inputs.unscaled_F[: len(inv_freq_F)]
     num_freqs, device = len(inv_freq_F), inv_freq_F.device
     assert num_freqs % num_blocks == 0, f"{num_blocks} blocks do not divide {num_freqs} frequencies"
     size = num_freqs // num_blocks
@@ -64,8 +65,8 @@ def rope_blocks(inputs: LayerInputs, num_blocks: int, *, plain_table: bool = Fal
         # How many steps of the table a frequency lies below 1.
         steps_F = -inv_freq_F.log() / torch.tensor(inputs.rope_theta).double().log() * num_blocks
         nearest_F = steps_F.round().clamp(max=num_blocks - 1).long()
-        block_F = torch.where(inputs.unscaled_F, block_F, nearest_F)
-        block_F[~inputs.unscaled_F & (steps_F > num_blocks - 0.5)] = num_blocks
+        block_F = torch.where(unscaled_F, block_F, nearest_F)
+        block_F[~unscaled_F & (steps_F > num_blocks - 0.5)] = num_blocks
     counts_B = torch.bincount(block_F, minlength=num_blocks)[:num_blocks]
     members_BK = torch.zeros(num_blocks, int(counts_B.max()), dtype=torch.long, device=device)
     held_BK = torch.arange(members_BK.shape[1], device=device) < counts_B[:, None]

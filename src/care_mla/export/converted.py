@@ -27,7 +27,7 @@ from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config, rotary_frequencies, weight_names
 from care_mla.families.rope_scaling import yarn_mscale
-from care_mla.plan import stock_profile
+from care_mla.profiles import stock_profile
 
 ATTENTION = ".self_attn."
 # The one projection of attention that a conversion leaves alone (but for the scale of the stream).

@@ -33,7 +33,7 @@ from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families.rope_table import WrittenRope, plain_frequencies, written_rope
 from care_mla.mla.mapping import LatentDims
-from care_mla.plan import check_profile
+from care_mla.profiles import check_profile
 from care_mla.workspace import write_json
 
 if TYPE_CHECKING:

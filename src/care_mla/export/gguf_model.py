@@ -31,7 +31,7 @@ from care_mla.export.residual import STREAM_WRITERS, residual_factor
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families.rope import rope_amplitude
-from care_mla.plan import profile_blocker
+from care_mla.profiles import profile_blocker
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source

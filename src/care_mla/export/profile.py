@@ -25,7 +25,7 @@ from care_mla.export_config import ExportProfile
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.mla.mapping import class_names
-from care_mla.plan import stock_profile
+from care_mla.profiles import stock_profile
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source

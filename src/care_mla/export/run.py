@@ -26,7 +26,7 @@ from care_mla.export.profile import TARGETS, Target
 from care_mla.export.verify import copy_reference, read_reference
 from care_mla.export.vllm import write_vllm_checkpoint
 from care_mla.export_config import ExportConfig, ExportProfile
-from care_mla.plan import STOCK_PROFILES, profile_blocker
+from care_mla.profiles import STOCK_PROFILES, profile_blocker
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 RECIPE = "recipe.yaml"

@@ -15,7 +15,7 @@ from care_mla import console
 from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
-from care_mla.plan import profile_blocker
+from care_mla.profiles import profile_blocker
 from care_mla.workspace import read_json, write_json
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from care_mla.errors import ExportError
 from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
-from care_mla.plan import check_profile
+from care_mla.profiles import check_profile
 from care_mla.serving import HeadDims, kernel_warnings, kernels, padded_head_dims
 
 if TYPE_CHECKING:

@@ -169,7 +169,7 @@ def _best(group: Sequence[Choice], beside: Sequence[Choice], kl: Mapping[str, fl
         kl: by label; empty where nothing was measured.
     """
     if len(beside) == 1:
-        return group[0]
+        return replace(group[0], held_out_kl=kl.get(group[0].label))
     best = min(group, key=lambda choice: kl[choice.label])
     plain = [choice for choice in group if choice.variant.rope_table == "plain"]
     if plain:
