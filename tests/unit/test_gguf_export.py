@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from care_mla.export.run import export_model
 from care_mla.export.verify import store_reference, verify
 from care_mla.export_config import ExportConfig
 from export_cases import decoupled_layer, export, token_ids
+from gguf_files import Change, rewrite
 
 from pico import pico_model
 
@@ -42,7 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral-one-kv-head": {"family": "mistral", "tied": False, "head_dim": 32, "kv_heads": 1},
     "odd-sizes": {"hidden": 72, "heads": 3, "kv_heads": 3, "head_dim": 12, "vocab": 301},
 }
-Change = Callable[[dict[str, np.ndarray], dict[str, Any]], None]
 
 
 def gguf_of(folder: Path, file: Path, **options: Any) -> dict[str, Any]:
@@ -125,39 +123,6 @@ def test_bound_of_the_latent(tmp_path) -> None:
     assert product == pytest.approx(1, rel=1e-12)
     assert tensors["attn_k_b"].shape == (4, 20, 10)
     assert tensors["attn_v_b"].shape == (4, 16, 20)
-
-
-def rewrite(file: Path, change: Change) -> None:
-    """Write a float32 file again with other tensors or metadata."""
-    reader = gguf.GGUFReader(file)
-    tensors = {t.name: np.array(t.data, dtype=np.float32) for t in reader.tensors}
-    keys = {
-        key: field.contents()
-        for key, field in reader.fields.items()
-        if key.startswith(("deepseek2.", "tokenizer."))
-    }
-    change(tensors, keys)
-    changed = file.with_name("changed.gguf")
-    writer = gguf.GGUFWriter(changed, "deepseek2")
-    for key, value in keys.items():
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case list():
-                writer.add_array(key, value)
-    for name, array in tensors.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(changed, file)
 
 
 def tensor_times(name: str, factor: float) -> Change:

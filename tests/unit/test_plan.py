@@ -17,11 +17,11 @@ from care_mla.plan import (
     GIB,
     parameter_count,
     plan,
-    profile_blocker,
     resolve_calibration,
     rotation_length,
     spool,
 )
+from care_mla.profiles import profile_blocker
 
 from pico import pico_model
 

@@ -25,11 +25,19 @@ from torch import Tensor
 
 from care_mla.errors import ExportError
 from care_mla.export.deepseek import KEPT, REPLACED, neighbour_pairs, scaled_queries
+from care_mla.export.gguf_experts import (
+    PROJECTIONS,
+    ROUTER,
+    expert_shapes,
+    expert_tensors,
+    write_expert_metadata,
+)
 from care_mla.export.gguf_vocabulary import write_vocabulary
 from care_mla.export.latent_norm import LinearNorm, latent_norm
 from care_mla.export.residual import STREAM_WRITERS, residual_factor
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
+from care_mla.families import weight_names
 from care_mla.families.rope import rope_amplitude
 from care_mla.profiles import profile_blocker
 
@@ -57,10 +65,10 @@ MODULES = {
     "lm_head": "output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
+    "gate": ROUTER,
+    **PROJECTIONS,
 }
+EXPERTS = ".mlp.experts."
 
 
 def check_gguf(model: ConvertedFolder, dtype: torch.dtype) -> None:
@@ -71,11 +79,13 @@ def check_gguf(model: ConvertedFolder, dtype: torch.dtype) -> None:
     """
     facts = model.facts
     plain = replace(facts, rope_parameters=facts.rope_parameters | {"rope_type": "default"})
-    blocker = profile_blocker(plain, "deepseek-v3", engine="llama.cpp") or _rope_blocker(model)
+    # Of DeepSeek's two routers `deepseek2` has V2's softmax too, and its division by the sum.
+    blocker = profile_blocker(plain, "deepseek-v2", engine="llama.cpp") or _rope_blocker(model)
     if blocker is None:
-        names = [name for name in model.headers if not KEPT.fullmatch(name) and not REPLACED.fullmatch(name)]
-        if lost := sorted(set(names) - set(model.ignored())):
-            blocker = f"{', '.join(lost[:3])}: a dense deepseek2 has no such tensor"
+        known = {name for name in weight_names(facts) if KEPT.fullmatch(name) or REPLACED.fullmatch(name)}
+        if lost := sorted(set(model.headers) - known - set(model.ignored())):
+            layers = "deepseek2" if facts.sparse_layers else "dense deepseek2"
+            blocker = f"{', '.join(lost[:3])}: a {layers} has no such tensor"
     if blocker is not None:
         instead = "folder runs in transformers as it is" if model.is_own else "folder runs as it is"
         raise ExportError(
@@ -105,13 +115,15 @@ def write_gguf(
     dtype: torch.dtype,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write the model as one GGUF file; one tensor is in memory at a time, or one layer's attention.
+    """Write the model as one GGUF file; one tensor is in memory at a time, or one layer's attention, or one
+    projection of all experts of a layer.
 
     Args:
         source: checked by `check_gguf`.
         layers: gives the factored layer of a 0-based index.
         output: the file; the caller makes it atomic.
-        dtype: of the matrices. Vectors are float32, and so is the latent's down-projection in float16 files.
+        dtype: of the matrices. Vectors and routers are float32, and so is the latent's down-projection in
+            float16 files.
         advance: called after each layer.
 
     Returns:
@@ -122,6 +134,7 @@ def write_gguf(
     eps = facts.rms_norm_eps * scale**2
     writer = gguf.GGUFWriter(output, ARCHITECTURE, use_temp_file=False)
     _write_metadata(writer, facts, first, eps, dtype)
+    write_expert_metadata(writer, facts, scale)
     write_vocabulary(writer, source)
     shapes = _shapes(source, first)
     for name, shape in shapes.items():
@@ -152,7 +165,7 @@ def _stream_scale(source: Source, dtype: torch.dtype) -> float:
         return STREAM_SCALE
     largest = 0.0
     for name in source.headers:
-        if name.split(".")[-2] in STREAM_WRITERS:
+        if name.split(".")[-2] in STREAM_WRITERS and EXPERTS not in name:
             low, high = source.tensor(name).aminmax()
             largest = max(largest, -low.item(), high.item())
     return min(STREAM_SCALE, 2.0 ** math.floor(math.log2(FLOAT16_LARGEST / largest)))
@@ -182,10 +195,6 @@ def _write_metadata(
     writer.add_value_length(rank)
     writer.add_key_length_mla(nope + rope)
     writer.add_value_length_mla(layer.up_v_GHR.shape[1])
-    # Every layer is dense. llama.cpp still wants a mixture of experts described; no weights belong to it.
-    writer.add_leading_dense_block_count(facts.num_hidden_layers)
-    writer.add_expert_feed_forward_length(8)
-    writer.add_expert_shared_count(1)
 
 
 def _gguf_name(name: str) -> str:
@@ -216,6 +225,7 @@ def _shapes(source: Source, layer: LatentLayer) -> dict[str, tuple[int, ...]]:
     for layer_idx in range(facts.num_hidden_layers):
         for name in _inside(source, layer_idx):
             shapes[_gguf_name(name)] = source.shape(name)
+        shapes |= expert_shapes(facts, layer_idx)
         shapes |= {f"blk.{layer_idx}.{name}.weight": shape for name, shape in attention.items()}
     return shapes
 
@@ -229,7 +239,9 @@ def _inside(source: Source, layer_idx: int) -> list[str]:
     return [
         name
         for name in source.names()
-        if name.startswith(prefix) and (KEPT.fullmatch(name) or name.endswith("o_proj.weight"))
+        if name.startswith(prefix)
+        and EXPERTS not in name
+        and (KEPT.fullmatch(name) or name.endswith("o_proj.weight"))
     ]
 
 
@@ -251,6 +263,7 @@ def _tensors(
     for layer_idx in range(source.facts.num_hidden_layers):
         for name in _inside(source, layer_idx):
             yield scaled(name)
+        yield from expert_tensors(source, layer_idx)
         norm_D = source.tensor(f"model.layers.{layer_idx}.input_layernorm.weight")
         # RoPE in llama.cpp has no amplitude; logits grow by its square.
         layer = scaled_queries(layers(layer_idx), rope_amplitude(source.facts) ** 2)
@@ -302,7 +315,7 @@ def attention_tensors(
 
 
 def _kind(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> gguf.GGMLQuantizationType:
-    is_fine = len(shape) == 1 or (dtype is torch.float16 and LATENT_DOWN in name)
+    is_fine = len(shape) == 1 or ROUTER in name or (dtype is torch.float16 and LATENT_DOWN in name)
     return gguf.GGMLQuantizationType.F32 if is_fine else TYPES[dtype][0]
 
 

@@ -9,6 +9,7 @@ process of its own. The subfolder keeps it from engines that load every safetens
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -41,6 +42,8 @@ ENGINE_SCRIPT = Path(__file__).with_name("engine_transformers.py")
 # Largest relative error of logits. Float32 gives about 2e-6; a wrong eps, RoPE layout or scale 0.2 and more.
 # The rounding of weights to bfloat16 is a part of the file, and moves logits by half to three per cent.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
+# Of 48 tokens in float16, one took another expert; each such token's logits are off by about a third.
+WITHOUT_FLIPS = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class StoredReference:
     tolerance: float
     cached_values: list[int]
     is_slice: bool = False
+    has_experts: bool = False
     runs_code: bool = False
 
 
@@ -102,6 +106,7 @@ def store_reference(
         "cached_values": [cached_values or layers(layer_idx).cached_values for layer_idx in range(kept)],
         "num_layers": kept,
         "is_slice": kept < facts.num_hidden_layers,
+        "has_experts": any(layer_idx < kept for layer_idx in facts.sparse_layers),
     }
     save_tensors(folder / REFERENCE, tensors, metadata={METADATA_KEY: json.dumps(metadata)})
     write_json(folder / SOURCE_CONFIG, facts.config)
@@ -168,7 +173,9 @@ def load_reference(path: Path, again: str) -> StoredReference:
             f"{path} cannot be read ({error}): it is cut off or corrupt. {again}"
         ) from error
     names = ("form", "dtype", "tolerance", "cached_values", "is_slice")
-    return StoredReference(**tensors, **{name: stored[name] for name in names})
+    # Folders of older versions do not say whether they have experts.
+    experts = {"has_experts": stored.get("has_experts", False)}
+    return StoredReference(**tensors, **{name: stored[name] for name in names}, **experts)
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
@@ -243,21 +250,25 @@ def judge(stored: StoredReference, tensors: dict[str, Tensor], metadata: dict[st
     bfloat16, whose rounding is a part of the file), a cache of the stored size, the stored weights and no
     others, and the same greedy text. In anything but float32 the texts may part where the reference's own
     margin between the two tokens is smaller than twice the largest error of a logit: rounding alone explains
-    that.
+    that. Rounding also sends a few tokens of a mixture of experts to other experts, where two are equally
+    good: in anything but float32, the tenth of its tokens with the largest errors does not count.
 
     Args:
         tensors: `logits_BLS` and `greedy_T` of the engine.
         metadata: `class`, `cached_values` of each layer and `problems` with weights.
 
     Returns:
-        `relative_error`, `max_abs_logprob_difference`, `greedy_equal`, `cached_values` (mean over layers),
+        `relative_error` (of the tokens that count), `max_abs_logprob_difference`, `greedy_equal`,
+        `cached_values` (mean over layers),
         `kl_to_original` (mean KL(original || engine), nats per token), `passed`, the engine's `class`, and
         `problems`, why it did not pass.
     """
     logits_BLS, reference_BLS = tensors["logits_BLS"], stored.reference_BLS
     problems = list(metadata["problems"])
     difference_BLS = logits_BLS - reference_BLS
-    relative_error = (difference_BLS.norm() / reference_BLS.norm()).item()
+    is_rounded = stored.dtype not in ("float32", "f32")
+    share = WITHOUT_FLIPS if is_rounded and stored.has_experts else 1.0
+    relative_error = _relative_error(difference_BLS, reference_BLS, share)
     if not relative_error <= stored.tolerance:
         problems.append(
             f"relative error {relative_error:.2g} is above {stored.tolerance:g} for {stored.dtype}"
@@ -265,7 +276,6 @@ def judge(stored: StoredReference, tensors: dict[str, Tensor], metadata: dict[st
     if metadata["cached_values"] != stored.cached_values:
         problems.append(f"cached values {metadata['cached_values']}, expected {stored.cached_values}")
     greedy_equal = torch.equal(tensors["greedy_T"], stored.greedy_T)
-    is_rounded = stored.dtype not in ("float32", "f32")
     excused = is_rounded and _parts_within(stored, tensors["greedy_T"], difference_BLS)
     if not greedy_equal and not excused:
         problems.append("the greedy continuation is another one")
@@ -291,6 +301,14 @@ def judge(stored: StoredReference, tensors: dict[str, Tensor], metadata: dict[st
         "passed": not problems,
         "problems": problems,
     }
+
+
+def _relative_error(difference_BLS: Tensor, reference_BLS: Tensor, share: float) -> float:
+    """Of the logits of all tokens, or of the `share` of them whose own relative errors are smallest."""
+    errors_T = difference_BLS.norm(dim=-1).flatten()
+    norms_T = reference_BLS.norm(dim=-1).flatten()
+    kept = (errors_T / norms_T).argsort()[: math.ceil(share * len(errors_T))]
+    return (errors_T[kept].norm() / norms_T[kept].norm()).item()
 
 
 def _parts_within(stored: StoredReference, greedy_T: Tensor, difference_BLS: Tensor) -> bool:
