@@ -1,5 +1,5 @@
 """Latent layers and models for the tests: equal to the source, or unlike any stock class."""
-# Shapes: see care_mla/mla/modeling.py.
+# Shapes: see care_mla/mla/latent_attention.py.
 
 from __future__ import annotations
 

@@ -73,7 +73,8 @@ def test_inspect_needs_no_weights(
     possible = {(p["profile"], p["engine"], p["options"]): p["possible"] for p in body["profiles"]}
     assert possible[("deepseek-v3", "transformers", "")]
     assert not possible[("deepseek-v3", "vLLM", "")]
-    assert possible[("deepseek-v3", "vLLM", "--biases absorb")]
+    assert not possible[("vllm", "vLLM", "")]
+    assert possible[("vllm", "vLLM", "--biases absorb")]
 
 
 def test_inspect_names_what_blocks_and_exits_with_2(

@@ -282,7 +282,7 @@ def test_models_that_the_class_cannot_express(options, dtype, message: str, tmp_
 
 
 def test_scaled_rope_runs_in_transformers_alone(tmp_path) -> None:
-    facts = source_of(tmp_path, tokenizer=False, rope="llama3").facts
+    facts = source_of(tmp_path, tokenizer=False, rope="llama3", tied=False).facts
     assert profile_blocker(facts, "deepseek-v3") is None
     assert "llama3" in str(profile_blocker(facts, "deepseek-v3", engine="vLLM"))
     assert profile_blocker(facts, "deepseek-v3", engine="vLLM", plain_rope=True) is None

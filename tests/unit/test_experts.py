@@ -21,7 +21,7 @@ from care_mla.export import engine_transformers
 from care_mla.export.converted import ConvertedFolder
 from care_mla.export.hf import write_latent_checkpoint
 from care_mla.export.profile import pick_profile
-from care_mla.export.run import export as export_model
+from care_mla.export.run import export_model
 from care_mla.export.stock import write_deepseek_v2_checkpoint, write_mistral4_checkpoint
 from care_mla.export.verify import judge, read_reference, store_reference
 from care_mla.export_config import ExportConfig

@@ -1,5 +1,5 @@
 """The `care` profile on disk: what is written, and that it runs where care_mla cannot be imported."""
-# Shapes: see care_mla/mla/modeling.py.
+# Shapes: see care_mla/mla/latent_attention.py.
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Our latent-attention class against the source's attention, a slow formula, and itself by every path."""
-# Shapes: see care_mla/mla/modeling.py.
+# Shapes: see care_mla/mla/latent_attention.py.
 
 from __future__ import annotations
 

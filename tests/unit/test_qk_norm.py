@@ -277,7 +277,7 @@ def test_inspect_and_plan_tell_beforehand(
     family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pico_model(tmp_path / "model", family)
+    pico_model(tmp_path / "model", family, tied=False)
     assert main(["inspect", "model", "--json", "inspect.json"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     body = json.loads(Path("inspect.json").read_text())

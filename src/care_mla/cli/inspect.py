@@ -130,7 +130,7 @@ def _options(facts: ModelFacts, profile: Profile) -> list[str]:
     """Options that change which engines run this profile, each combination as the user would type it."""
     tables = ["--rope-table scaled", "--rope-table plain"] if has_choice(facts) else [""]
     biases = ["", "--biases absorb"] if has_biases(facts) and not facts.o_bias else [""]
-    if profile != "deepseek-v3":
+    if profile not in ("deepseek-v3", "vllm"):
         return [""]
     return [f"{table} {option}".strip() for table in tables for option in biases]
 

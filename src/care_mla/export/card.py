@@ -166,8 +166,8 @@ def _loading(card: Card) -> str:
     how = (
         f"Stock transformers (5.15 or later) runs it as `{STOCK_CLASSES[card.profile]}`:"
         if is_stock
-        else "It runs in transformers (5.15 or later) by the code in this folder, `modeling.py` and "
-        "`configuration.py`, which `trust_remote_code` allows:"
+        else "It runs in transformers (5.15 or later) by the code in this folder, `modeling.py`, "
+        "`latent_attention.py` and `configuration.py`, which `trust_remote_code` allows:"
     )
     # The automatic class does not know Mistral 4.
     loader = STOCK_CLASSES["mistral4"] if card.profile == "mistral4" else "AutoModelForCausalLM"

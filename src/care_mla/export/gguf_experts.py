@@ -1,7 +1,7 @@
-"""Mixtures of experts as llama.cpp's `deepseek2` has them: their keys, and all experts of a layer as one tensor.
+"""Mixtures of experts as llama.cpp's `deepseek2` has them: their keys, and a layer's experts as one tensor.
 
-llama.cpp wants an expert that all tokens share, which the sources have not: its weights are zeros. The scale of
-the residual stream is in the weights of the chosen experts, so that the experts themselves pass to the bit.
+llama.cpp wants an expert that all tokens share, which the sources have not: its weights are zeros. The scale
+of the residual stream is in the weights of the chosen experts, so that the experts pass to the bit.
 """
 # Shapes: E experts, O rows and I columns of an expert's projection.
 

@@ -115,8 +115,9 @@ def write_gguf(
     dtype: torch.dtype,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write the model as one GGUF file; one tensor is in memory at a time, or one layer's attention, or one
-    projection of all experts of a layer.
+    """Write the model as one GGUF file, a tensor at a time.
+
+    In memory at most are one layer's attention, or one projection of all experts of a layer.
 
     Args:
         source: checked by `check_gguf`.

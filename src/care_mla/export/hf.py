@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 CODE = Path(__file__).parent.parent / "mla"
-CODE_FILES = ("configuration.py", "modeling.py")
+CODE_FILES = ("configuration.py", "latent_attention.py", "modeling.py")
 
 
 def holds_our_code(folder: Path) -> bool:
     """Whether a folder's remote code is this version's own, to the byte, and nothing else is named to run."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     modules = {str(name).partition(".")[0] for name in config.get("auto_map", {}).values()}
-    return modules == {Path(name).stem for name in CODE_FILES} and all(
+    return modules == {"configuration", "modeling"} and all(
         (folder / name).is_file() and (folder / name).read_bytes() == (CODE / name).read_bytes()
         for name in CODE_FILES
     )

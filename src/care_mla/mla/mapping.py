@@ -20,7 +20,7 @@ from care_mla.errors import UnsupportedModelError
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts, QkNorm
 from care_mla.mla import configuration, modeling
-from care_mla.mla.modeling import LatentAttention
+from care_mla.mla.latent_attention import LatentAttention
 
 # Source architecture -> what our classes are called: Latent<name>Config, Latent<name>ForCausalLM.
 NAMES = {
