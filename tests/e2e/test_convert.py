@@ -43,7 +43,7 @@ def test_result_of_a_conversion(converted: Conversion) -> None:
     assert set(body) == HEAD | {
         *("cached_values", "kv_lora_rank", "qk_rope_head_dim", "freqfold", "form", "method", "allocation"),
         *("profile", "held_out_kl", "needs_healing", "output", "stages", "peak_memory_bytes", "export"),
-        *("layers", "verify"),
+        *("layers", "verify", "rope", "biases", "engines"),
     }
     assert body["format"] == "care-mla/convert/1"
     assert body["cached_values"] == {"original": 64, "converted": 32}
