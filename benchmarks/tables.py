@@ -1,4 +1,4 @@
-"""Makes the tables of benchmarks/*/README.md from the JSON beside them.
+"""Makes the tables of benchmarks/*/README.md, and docs/models.md, from the JSON beside them.
 
 `python benchmarks/tables.py` rewrites what lies between `<!-- table: NAME -->` and `<!-- end -->`; with
 `--check` it only says whether that would change anything (exit code 1).
@@ -13,6 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from models_page import PAGE, models_page
 
 HERE = Path(__file__).parent
 MARKED = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -187,6 +189,10 @@ def main() -> int:
             stale.append(str(path.relative_to(HERE.parent)))
             if "--check" not in sys.argv:
                 path.write_text(made, encoding="utf-8")
+    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != models_page():
+        stale.append(str(PAGE.relative_to(HERE.parent)))
+        if "--check" not in sys.argv:
+            PAGE.write_text(models_page(), encoding="utf-8")
     for name in stale:
         sys.stdout.write(f"{name}: {'differs from its JSON' if '--check' in sys.argv else 'rewritten'}\n")
     return int(bool(stale) and "--check" in sys.argv)

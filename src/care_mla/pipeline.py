@@ -28,6 +28,7 @@ from care_mla.export.card import NEEDS_HEALING, Card, healing_warning, write_car
 from care_mla.export.profile import pick_dtype, pick_profile, write_checkpoint
 from care_mla.export.verify import store_reference, verify
 from care_mla.factors import LatentLayer
+from care_mla.families.rope_table import has_choice
 from care_mla.forms import check_form
 from care_mla.mla.choose import Choice, candidates, choose
 from care_mla.plan import plan
@@ -58,6 +59,9 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         config, size_warnings = fit_vllm(source.facts, config)
         wanted = variants(source.facts, config, form=config.form, method=config.method)
         profile = pick_profile(source.facts, config)
+        if profile == "vllm" and config.rope_table == "auto" and has_choice(source.facts):
+            # vLLM's own class reads no other table.
+            config = replace(config, rope_table="plain")
         wanted = decoupled_variants(
             wanted, source.facts, config, for_engines=profile in ("deepseek-v3", "vllm")
         )

@@ -179,7 +179,13 @@ def plan(
     """
     check_form(facts, config.form)
     if config.profile is not None:
-        check_profile(facts, config.profile)
+        is_vllm = config.profile == "vllm"
+        check_profile(
+            facts,
+            config.profile,
+            plain_rope=is_vllm and config.rope_table != "scaled",
+            absorbs_biases=is_vllm and config.biases == "absorb",
+        )
     check_effects(facts, config)
     candidates = resolve_dims(facts, config, form=config.form, method=config.method)
     tokens, length = resolve_calibration(facts, config, device=device)

@@ -64,13 +64,24 @@ def stock_profile(facts: ModelFacts) -> tuple[Profile | None, str]:
     return found, usual or ""
 
 
-def check_profile(facts: ModelFacts, profile: Profile, *, engine: str = "transformers") -> None:
+def check_profile(
+    facts: ModelFacts,
+    profile: Profile,
+    *,
+    engine: str = "transformers",
+    plain_rope: bool = False,
+    absorbs_biases: bool = False,
+) -> None:
     """Refuse a profile that cannot express the model in an engine, before any work.
+
+    Args are those of `profile_blocker`.
 
     Raises:
         ExportError: the message names the feature.
     """
-    blocker = profile_blocker(facts, profile, engine=engine)
+    blocker = profile_blocker(
+        facts, profile, engine=engine, plain_rope=plain_rope, absorbs_biases=absorbs_biases
+    )
     if blocker is not None:
         stock, _ = stock_profile(facts)
         instead = "" if stock is None else f"--profile {stock}, which stock transformers runs, or "

@@ -113,7 +113,13 @@ def pick_profile(facts: ModelFacts, config: PlanConfig) -> Profile:
     """
     spread = METHOD_ALLOCATION.get(config.method, config.allocation)
     if config.profile == "vllm":
-        check_vllm(facts, config.form, dtype=torch.float32)
+        check_vllm(
+            facts,
+            config.form,
+            dtype=torch.float32,
+            plain_rope=config.rope_table != "scaled",
+            absorbs_biases=config.biases == "absorb",
+        )
         return config.profile
     if config.profile not in (None, "care"):
         check_deepseek(facts, config.form, dtype=torch.float32, profile=config.profile)

@@ -104,13 +104,26 @@ def _table(inv_freq_JF: Tensor, rope_theta: float, dims: HeadDims) -> Tensor:
     return wide_JF
 
 
-def check_vllm(facts: ModelFacts, form: Form, *, dtype: torch.dtype) -> None:
+def check_vllm(
+    facts: ModelFacts,
+    form: Form,
+    *,
+    dtype: torch.dtype,
+    plain_rope: bool = False,
+    absorbs_biases: bool = False,
+) -> None:
     """Refuse what vLLM's own DeepSeek class ignores or misreads, from what is known before any work.
+
+    Args:
+        form: of the conversion.
+        dtype: of the weights to be written.
+        plain_rope: whether the rope key turns by plain RoPE's angles (--rope-table).
+        absorbs_biases: whether biases go into the weights (--biases absorb).
 
     Raises:
         ExportError: the message names the feature.
     """
-    check_profile(facts, PROFILE)
+    check_profile(facts, PROFILE, plain_rope=plain_rope, absorbs_biases=absorbs_biases)
     check_deepseek(facts, form, dtype=dtype)
 
 
