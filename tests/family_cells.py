@@ -81,7 +81,8 @@ COLUMNS = (
 )
 # How messages of `care` say why not.
 REASON = re.compile(
-    r"cannot express this \w+ model(?: \((?P<profile>.*)\)|: (?P<form>.*))\. Nothing was written"
+    r"(?:cannot express this \w+ model(?: \((?P<profile>.*)\)|: (?P<form>.*))|--profile \w+: (?P<size>[^.]*))"
+    r"\. Nothing was written"
 )
 
 
@@ -97,7 +98,7 @@ def reason_of(error: CareError) -> str:
     """Why a model has no conversion, in the words that the command has for it."""
     found = REASON.search(str(error))
     assert found is not None, error
-    return found["profile"] or found["form"]
+    return found["profile"] or found["form"] or found["size"]
 
 
 def measure(row: Row, folder: Path) -> Measured:

@@ -47,7 +47,7 @@ def docstrings() -> str:
 
 
 def trained_model(folder: Path) -> float:
-    """Train the model, write it with its text (`text.txt`), and return the loss at the end, nats per token."""
+    """Train the model, write it with its text (`text.txt`), and return its last loss, nats per token."""
     pico_model(folder, "qwen3", layers=3, vocab=510)
     text = docstrings()
     (folder / "text.txt").write_text(text, encoding="utf-8")

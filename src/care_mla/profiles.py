@@ -51,7 +51,7 @@ def profile_blocker(
     biased = facts.o_bias or (has_biases(facts) and not absorbs_biases)
     if (reason := engine_blocker({"attention_bias": biased, "rope_parameters": rope}, engine)) is not None:
         return reason
-    if profile == "deepseek-v3" and engine == "vLLM" and facts.tie_word_embeddings:
+    if profile != "vllm" and engine == "vLLM" and facts.tie_word_embeddings:
         return "tied embeddings: vLLM's DeepSeek class wants a head of its own, which profile vllm writes"
     return head_dim_blocker(facts) if profile == "vllm" else None
 

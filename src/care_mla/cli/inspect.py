@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from care_mla import console
 from care_mla.budget import cached_values, resolve_dims
@@ -20,7 +20,7 @@ from care_mla.profiles import profile_blocker
 from care_mla.serving import fast_budgets, kernel_summary
 
 BUDGETS = (1.0, 0.5, 0.25, 0.125)
-PROFILES: tuple[tuple[Profile, str], ...] = (
+PROFILES: tuple[tuple[Profile | Literal["gguf"], str], ...] = (
     ("deepseek-v3", "transformers"),
     ("deepseek-v3", "vLLM"),
     ("vllm", "vLLM"),
@@ -29,6 +29,7 @@ PROFILES: tuple[tuple[Profile, str], ...] = (
     ("deepseek-v2", "transformers"),
     ("deepseek-v2", "vLLM"),
     ("deepseek-v2", "SGLang"),
+    ("gguf", "llama.cpp"),
     ("care", "transformers"),
 )
 
@@ -126,19 +127,22 @@ def _form_answer(row: dict[str, Any]) -> str:
     return "yes, exact but for the rank" if row["form"] == "exact-rope" else "yes"
 
 
-def _options(facts: ModelFacts, profile: Profile) -> list[str]:
+def _options(facts: ModelFacts, profile: str) -> list[str]:
     """Options that change which engines run this profile, each combination as the user would type it."""
     tables = ["--rope-table scaled", "--rope-table plain"] if has_choice(facts) else [""]
     biases = ["", "--biases absorb"] if has_biases(facts) and not facts.o_bias else [""]
-    if profile not in ("deepseek-v3", "vllm"):
+    if profile not in ("deepseek-v3", "vllm", "gguf"):
         return [""]
     return [f"{table} {option}".strip() for table in tables for option in biases]
 
 
-def _profile(facts: ModelFacts, profile: Profile, engine: str, options: str) -> dict[str, Any]:
+def _profile(
+    facts: ModelFacts, profile: Profile | Literal["gguf"], engine: str, options: str
+) -> dict[str, Any]:
     blocker = profile_blocker(
         facts,
-        profile,
+        # llama.cpp's class has both of DeepSeek's routers.
+        "deepseek-v2" if profile == "gguf" else profile,
         engine=engine,
         plain_rope="plain" in options,
         absorbs_biases="absorb" in options,
