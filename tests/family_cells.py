@@ -193,7 +193,7 @@ def _in_vllm(facts: ModelFacts, options: dict[str, Any]) -> dict[str, Any]:
     reason = profile_blocker(
         facts,
         "vllm",
-        plain_rope=options.get("rope_table") == "plain",
+        plain_rope=options.get("rope_table") != "scaled",
         absorbs_biases=options.get("biases") == "absorb",
     )
     return {"status": NOT_RUN} if reason is None else {"status": REFUSED, "reason": reason}
