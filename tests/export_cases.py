@@ -40,7 +40,7 @@ def decoupled_layer(
         facts.head_dim,
         facts.hidden_size,
     )
-    width = head_dim // fold
+    width = facts.rotary_dim // fold
 
     def draw(*shape: int, fan_in: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5

@@ -22,7 +22,7 @@ from care_mla.export_config import ExportConfig
 from care_mla.facts import ModelFacts
 from care_mla.profiles import profile_blocker
 
-from pico import pico_model, pico_text
+from pico import PARTIAL_LONGROPE, USUAL_YARN, pico_model, pico_text
 
 EXACT, APPROXIMATE, REFUSED, NOT_RUN = "exact", "approximate", "refused", "not run"
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
@@ -52,7 +52,7 @@ ROWS: dict[str, Row] = {
     "Llama, `llama3` RoPE, `--rope-table plain`": Row(
         {"family": "llama", "rope": "llama3"}, {"rope_table": "plain"}
     ),
-    "Llama, `yarn` RoPE": Row({"family": "llama", "rope": "yarn"}),
+    "Llama, `yarn` RoPE": Row({"family": "llama", "rope": USUAL_YARN}),
     "Llama, `linear` RoPE": Row({"family": "llama", "rope": "linear"}),
     "Llama, `longrope` RoPE": Row({"family": "llama", "rope": "longrope"}),
     "Llama, attention biases": Row({"family": "llama", "attention_bias": True}),
@@ -62,6 +62,9 @@ ROWS: dict[str, Row] = {
     "Mixtral": Row({"family": "mixtral", "tied": False}),
     "Phi-3": Row({"family": "phi3", "tied": False}),
     "Phi-3, partial rotary": Row({"family": "phi3", "rope": PARTIAL_ROPE, "tied": False}),
+    "Phi-3, partial rotary, `longrope` RoPE, `--rope-table scaled`": Row(
+        {"family": "phi3", "rope": PARTIAL_LONGROPE, "tied": False}, {"rope_table": "scaled"}
+    ),
     "Qwen2": Row({"family": "qwen2"}, vllm_case="qwen2 with biases, transformers' class"),
     "Qwen2, `--biases absorb`": Row({"family": "qwen2"}, {"biases": "absorb"}),
     "Qwen3": Row({"family": "qwen3"}),

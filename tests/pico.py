@@ -71,6 +71,8 @@ YARN_ROPE: dict[str, Any] = {
     "beta_fast": 16.0,
     "beta_slow": 2.0,
 }
+# The betas that every engine has.
+USUAL_YARN: dict[str, Any] = YARN_ROPE | {"beta_fast": 32.0, "beta_slow": 1.0}
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -78,6 +80,17 @@ LONGROPE: dict[str, Any] = {
     "original_max_position_embeddings": 256,
     "short_factor": [1.0, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0],
     "long_factor": [1.0, 1.3, 1.8, 2.5, 4.0, 6.0, 8.0, 9.0],
+}
+# Phi-3's: three quarters of a 16-wide head, and an amplitude of its own.
+PARTIAL_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "attention_factor": 1.3,
+    "short_factor": [1.0, 1.0, 1.05, 1.1, 1.3, 1.5],
+    "long_factor": [1.0, 1.3, 1.8, 2.5, 4.0, 6.0],
 }
 LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 ROPES = {"llama3": LLAMA3_ROPE, "yarn": YARN_ROPE, "longrope": LONGROPE, "linear": LINEAR_ROPE}

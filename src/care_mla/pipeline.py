@@ -63,7 +63,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             # vLLM's own class reads no other table.
             config = replace(config, rope_table="plain")
         wanted = decoupled_variants(
-            wanted, source.facts, config, for_engines=profile in ("deepseek-v3", "vllm")
+            wanted, source.facts, config, for_engines=profile in ("deepseek-v3", "deepseek-v2")
         )
         dtype = pick_dtype(source.facts, config)
         planned = plan(source.facts, config, device=device.type)

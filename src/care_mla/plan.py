@@ -21,7 +21,7 @@ from care_mla.facts import ModelFacts
 from care_mla.families.effects import check_effects
 from care_mla.families.rope_scaling import switches_table
 from care_mla.forms import check_form, needs_healing
-from care_mla.profiles import check_profile
+from care_mla.profiles import as_converted, check_profile
 
 GIB = 2**30
 ATTENTION_ROWS = 128  # query positions whose attention to all keys is held at once
@@ -179,13 +179,7 @@ def plan(
     """
     check_form(facts, config.form)
     if config.profile is not None:
-        is_vllm = config.profile == "vllm"
-        check_profile(
-            facts,
-            config.profile,
-            plain_rope=is_vllm and config.rope_table != "scaled",
-            absorbs_biases=is_vllm and config.biases == "absorb",
-        )
+        check_profile(as_converted(facts, config), config.profile)
     check_effects(facts, config)
     candidates = resolve_dims(facts, config, form=config.form, method=config.method)
     tokens, length = resolve_calibration(facts, config, device=device)

@@ -17,7 +17,7 @@ def router_blocker(facts: ModelFacts, profile: Profile, engine: str) -> str | No
         return f"rope_type {facts.rope_type}: Mistral 4's class takes a table of its own (yarn)"
     if not facts.sparse_layers:
         return None
-    if profile == "deepseek-v3":
+    if profile in ("deepseek-v3", "vllm"):
         return "a mixture of experts under a softmax: DeepSeek-V3's router takes a sigmoid"
     if profile == "deepseek-v2" and facts.norm_topk_prob and engine == "transformers":
         return (

@@ -212,7 +212,7 @@ def fit_vllm(facts: ModelFacts, config: PlanConfigT) -> tuple[PlanConfigT, list[
 
 def _rope_head_dim(facts: ModelFacts) -> int:
     """The widest RoPE key of this model that a key of 64 can hold; another where there is none."""
-    widths = [facts.head_dim // fold for fold in (1, 2, 4, 8) if facts.head_dim % (2 * fold) == 0]
+    widths = [facts.rotary_dim // fold for fold in (1, 2, 4, 8) if facts.rotary_dim % (2 * fold) == 0]
     return next((width for width in widths if ROPE_HEAD_DIM % width == 0), min(widths))
 
 

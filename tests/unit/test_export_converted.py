@@ -22,10 +22,14 @@ from care_mla.export_config import ExportConfig
 from care_mla.mla.reference import Reference
 from export_cases import export, relative_error, token_ids
 
+from pico import PARTIAL_LONGROPE
+
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-untied-eps-1e-6": {"tied": False, "rms_norm_eps": 1e-6},
     "llama3-rope": {"rope": "llama3"},
+    "yarn-rope": {"rope": "yarn"},
+    "longrope-partial": {"family": "phi3", "tied": False, "rope": PARTIAL_LONGROPE},
     "llama-biases": {"attention_bias": True},
     "mistral": {"family": "mistral", "tied": False, "head_dim": 32},
     "qwen2": {"family": "qwen2"},

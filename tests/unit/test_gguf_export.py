@@ -33,12 +33,13 @@ from care_mla.export_config import ExportConfig
 from export_cases import decoupled_layer, export, token_ids
 from gguf_files import Change, rewrite
 
-from pico import pico_model
+from pico import USUAL_YARN, pico_model
 
 CASES: dict[str, dict[str, Any]] = {
     "llama-tied": {},
     "llama-untied-eps-1e-6": {"tied": False, "rms_norm_eps": 1e-6},
     "mistral-one-kv-head": {"family": "mistral", "tied": False, "head_dim": 32, "kv_heads": 1},
+    "yarn": {"rope": USUAL_YARN},
     "odd-sizes": {"hidden": 72, "heads": 3, "kv_heads": 3, "head_dim": 12, "vocab": 301},
 }
 
@@ -208,6 +209,10 @@ def test_a_cache_of_another_size_fails(exported_file: Path, tmp_path) -> None:
     [
         ({"family": "qwen2"}, r"attention biases: llama\.cpp.*care verify"),
         ({"attention_bias": True}, r"attention biases: llama\.cpp"),
+        (
+            {"rope": USUAL_YARN | {"beta_fast": 33.0}},
+            r"beta_fast 33 and beta_slow 1: llama\.cpp computes with 32 and 1.*care verify",
+        ),
         ({"rope": "llama3"}, r"rope_type llama3.*llama\.cpp.*care verify"),
     ],
 )

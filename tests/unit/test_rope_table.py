@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     yarn_apply_mscale,
 )
 
-from care_mla.configs import PlanConfig
+from care_mla.configs import PlanConfig, Profile
 from care_mla.decompose.decouple import as_complex, decouple
 from care_mla.decompose.methods import Variant, decoupled_variants, variants
 from care_mla.decompose.rope_blocks import rope_blocks
-from care_mla.engines import engine_verdicts, is_read_alike
+from care_mla.engines import is_read_alike
 from care_mla.errors import OptionError
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config, rotary_frequencies
@@ -27,9 +28,10 @@ from care_mla.families.effects import check_effects
 from care_mla.families.rope import rope_amplitude
 from care_mla.families.rope_table import has_choice, written_rope
 from care_mla.mla.choose import PLAIN_FACTOR, Choice, _best
+from care_mla.profiles import as_converted, check_profile, engine_verdicts, profile_blocker
 from layer_cases import layer_case
 
-from pico import LLAMA3_ROPE, ROPES, YARN_ROPE
+from pico import LLAMA3_ROPE, ROPES, USUAL_YARN, YARN_ROPE
 
 
 def facts_of(rope: dict, **change: object) -> ModelFacts:
@@ -63,21 +65,47 @@ def test_yarn_is_read_alike_where_its_ramp_divides() -> None:
     assert own is not None
     assert other is not None
     assert own.parameters["rope_type"] == "yarn"
-    assert is_read_alike(own.parameters)
+    assert not is_read_alike(own.parameters)  # llama.cpp does not read the betas of DeepSeek models
+    usual = written_rope(facts_of(USUAL_YARN), rotary_frequencies(facts_of(USUAL_YARN)))
+    assert usual is not None
+    assert is_read_alike(usual.parameters)
     assert other.parameters["rope_type"] == "longrope"
     assert not is_read_alike(other.parameters)
     # A ramp between whole numbers is transformers' alone.
-    assert not is_read_alike(own.parameters | {"truncate": False})
+    assert not is_read_alike(usual.parameters | {"truncate": False})
+    found = engine_verdicts(facts_of(YARN_ROPE, tie_word_embeddings=False), "deepseek-v3")
+    assert [name for name, said in found.items() if said is not True] == ["llama.cpp"]
+    assert "beta_fast 16 and beta_slow 2" in str(found["llama.cpp"])
 
 
 def test_engines_that_leave_something_out_say_what() -> None:
-    plain = {"rope_type": "default", "rope_theta": 1e4}
-    assert set(engine_verdicts({"attention_bias": False, "rope_parameters": plain}).values()) == {True}
-    biased = engine_verdicts({"attention_bias": True, "rope_parameters": plain})
+    plain = facts_of({"rope_type": "default"}, tie_word_embeddings=False)
+    assert set(engine_verdicts(plain, "deepseek-v3").values()) == {True}
+    biased = engine_verdicts(replace(plain, q_bias=True), "deepseek-v3")
     assert biased["transformers"] is True
     assert all("biases" in str(biased[name]) for name in ("vllm", "sglang", "llama.cpp"))
-    scaled = engine_verdicts({"attention_bias": False, "rope_parameters": LLAMA3_ROPE})
+    scaled = engine_verdicts(facts_of(LLAMA3_ROPE, tie_word_embeddings=False), "deepseek-v3")
     assert all("llama3" in str(scaled[name]) for name in ("vllm", "sglang", "llama.cpp"))
+    own = engine_verdicts(plain, "care")
+    assert own.pop("llama.cpp") is True  # by way of `care export`
+    assert own.pop("transformers") is True
+    assert all("our own class" in str(said) for said in own.values())
+
+
+@pytest.mark.parametrize("profile", ["deepseek-v3", "mistral4", "vllm"])
+def test_profiles_are_judged_by_what_the_options_leave(profile: Profile) -> None:
+    change = {"tie_word_embeddings": False, "attention_bias": True, "head_dim": 64}
+    if profile == "mistral4":
+        change |= {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    facts = replace(facts_of(LLAMA3_ROPE, **change), q_bias=True, o_bias=False)
+    plain = PlanConfig(model="", profile=profile, rope_table="plain", biases="absorb")
+    check_profile(as_converted(facts, plain), profile)
+    for left in (replace(plain, rope_table="scaled"), replace(plain, biases="keep")):
+        blocker = profile_blocker(as_converted(facts, left), profile, engine="llama.cpp")
+        assert re.search("llama3|biases|Mistral 4", str(blocker))
+    # vLLM's own class reads no other table, so that there `auto` is plain.
+    auto = as_converted(facts, replace(plain, rope_table="auto"))
+    assert (auto.rope_type == "default") == (profile == "vllm")
 
 
 def test_longrope_has_the_table_of_its_short_context() -> None:
@@ -138,7 +166,8 @@ def test_tables_to_choose_between() -> None:
     assert tables(llama3, rope_table="scaled") == ["scaled"]
     assert tables(llama3, for_engines=False) == [None]
     assert set(tables(llama3, method="transmla")) == {None}
-    assert tables(facts_of(YARN_ROPE)) == ["scaled"]
+    assert tables(facts_of(USUAL_YARN)) == ["scaled"]
+    assert tables(facts_of(YARN_ROPE)) == ["plain", "scaled"]
     assert tables(facts_of({"rope_type": "default"})) == [None]
     assert not has_choice(facts_of({"rope_type": "default"}))
     # Kept biases leave transformers alone to run it, so that a plain table would gain nothing.

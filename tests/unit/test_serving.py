@@ -107,7 +107,7 @@ def fit(facts: ModelFacts, **options: Any) -> tuple[Dims, list[str]]:
         (FACTS, {"kv_lora_rank": 300, "qk_rope_head_dim": 32}, (300, 32), "zeros up to 64, .*364 values"),
         (SMALL, {"budget": 0.85}, (256, 64), "TRITON_MLA"),
         (SMALL, {"budget": 0.5}, (128, 64), r"--budget 0.8334 \(256 \+ 64 = 320 values\)\.$"),
-        (replace(SMALL, head_dim=32), {"budget": 0.5}, (32, 32), "zeros up to 64"),
+        (replace(SMALL, head_dim=32, rotary_dim=32), {"budget": 0.5}, (32, 32), "zeros up to 64"),
     ],
 )
 def test_ranks_hit_a_fast_size_where_the_budget_is_near(facts, options, expected, warned) -> None:
@@ -130,8 +130,8 @@ def test_budgets_and_models_without_a_size() -> None:
     with pytest.raises(OptionError, match=r"leaves 20, too few.*Try --budget 0\.033 or more"):
         fit(FACTS, budget=0.01)
     with pytest.raises(OptionError, match=r"leaves 38,.*needs 64.*Try --budget 0\.3438 or more"):
-        fit(replace(SMALL, head_dim=32), budget=0.2)
+        fit(replace(SMALL, head_dim=32, rotary_dim=32), budget=0.2)
     with pytest.raises(ExportError, match="width 12"):
-        fit(replace(FACTS, head_dim=96), budget=0.3)
+        fit(replace(FACTS, head_dim=96, rotary_dim=96), budget=0.3)
     with pytest.raises(ExportError, match="wider than"):
         fit(replace(FACTS, head_dim=256), budget=0.3)

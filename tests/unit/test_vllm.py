@@ -16,10 +16,10 @@ from care_mla.checkpoint.opening import open_source
 from care_mla.checkpoint.source import Source
 from care_mla.errors import ExportError, OptionError
 from care_mla.export import engine_transformers
-from care_mla.export.deepseek import write_deepseek_checkpoint
+from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
 from care_mla.export.run import export_model
 from care_mla.export.verify import judge, read_reference
-from care_mla.export.vllm import check_vllm, pad_for_vllm, write_vllm_checkpoint
+from care_mla.export.vllm import pad_for_vllm, write_vllm_checkpoint
 from care_mla.export_config import ExportConfig
 from care_mla.factors import LatentLayer
 from care_mla.mla.reference import Reference
@@ -98,12 +98,13 @@ def test_a_latent_is_not_narrowed(tmp_path) -> None:
         ({"attention_bias": True}, "attention biases: vLLM ignores them"),
         ({"rope": "llama3"}, "rope_type llama3.*--model-impl transformers"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"family": "mixtral", "tied": False}, "--profile vllm.*experts.*--profile deepseek-v2"),
         ({"family": "mistral", "sliding_window": 16}, "sliding_window 16"),
     ],
 )
 def test_models_that_vllm_misreads_are_refused_before_any_work(options, message: str, tmp_path) -> None:
     with pytest.raises(ExportError, match=message):
-        check_vllm(source_of(tmp_path, **options).facts, "decoupled", dtype=torch.float32)
+        check_deepseek(source_of(tmp_path, **options).facts, "decoupled", dtype=torch.float32, profile="vllm")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def rewrite_card(
         sizes = {key: exported[key] for key in ("kv_lora_rank", "qk_rope_head_dim") if key in exported}
         if "cached_values" in exported:
             sizes["cached_values"] = (card.cached_values[0], exported["cached_values"])
-        write_card(folder, replace(card, **sizes))
+        engines = exported.get("engines", card.engines)
+        write_card(folder, replace(card, engines=engines, **sizes))
 
 
 def card_text(card: Card) -> str:

@@ -13,20 +13,24 @@ import math
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from care_mla.checkpoint.folder import FolderSource
 from care_mla.checkpoint.source import TensorHeader
 from care_mla.errors import CheckpointError, ExportError
+from care_mla.export.deepseek import scaled_queries
 from care_mla.export.engine_transformers import OWN_MODEL_TYPE
 from care_mla.export.latent_norm import NORM_EPS
 from care_mla.export.verify import SOURCE_CONFIG
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config, rotary_frequencies, weight_names
-from care_mla.families.rope_scaling import yarn_mscale
+from care_mla.families.rope import rope_amplitude
+from care_mla.families.rope_table import decoupled_rope, softmax_scale, written_rope
 from care_mla.profiles import stock_profile
 
 ATTENTION = ".self_attn."
@@ -65,7 +69,14 @@ class ConvertedFolder(FolderSource):
         if self.is_own:
             self._refuse_own()
             biases = {f"{kind}_bias": self.config[f"{kind}_bias"] for kind in ("q", "v", "o")}
-            return replace(facts, dtype=self.config["dtype"], k_bias=self.config["k_rope_bias"], **biases)
+            facts = replace(facts, dtype=self.config["dtype"], k_bias=self.config["k_rope_bias"], **biases)
+            rope = written_rope(facts, self._stored_table(0).tolist())
+            # A table that no stock class has is refused by the export, by its name in the original.
+            return facts if rope is None else self._as_written(facts, rope.parameters)
+        # Mistral 4's is plain RoPE in other words (experts.py).
+        is_plain = self.config["model_type"] == "mistral4"
+        written = decoupled_rope(facts, 2, plain=True) if is_plain else self.config["rope_parameters"]
+        facts = self._as_written(facts, written)
         if self.config.get("model_type") != stock_type(facts):
             raise ExportError(
                 f"{self.folder}: model_type {self.config.get('model_type')!r} was exported already. Nothing "
@@ -77,26 +88,38 @@ class ConvertedFolder(FolderSource):
                 f"{facts.head_dim}. Nothing was written. Export from the folder without padding."
             )
         has_bias = bool(self.config["attention_bias"])
-        # Mistral 4's is plain RoPE in other words (experts.py).
-        is_mistral = self.config["model_type"] == "mistral4"
-        rope = facts.rope_parameters if is_mistral else self.config["rope_parameters"]
-        if rope["rope_type"] == "yarn":
-            # As written, the amplitude is on the softmax, which comes to the same.
-            rope = rope | {"attention_factor": yarn_mscale(rope["factor"])}
         return replace(
             facts,
             rms_norm_eps=self.config["rms_norm_eps"],
             tie_word_embeddings=self.config["tie_word_embeddings"],
-            rope_parameters=rope,
-            rope_theta=rope["rope_theta"],
             q_bias=self.config["q_lora_rank"] is not None,
             k_bias=has_bias,
             v_bias=False,
             o_bias=has_bias,
             routed_scaling_factor=self.config.get("routed_scaling_factor", 1.0),
             dtype=self.config["dtype"],
-            config=facts.config | {"rope_parameters": rope, "rms_norm_eps": self.config["rms_norm_eps"]},
+            config=facts.config | {"rms_norm_eps": self.config["rms_norm_eps"]},
         )
+
+    def _as_written(self, facts: ModelFacts, rope_parameters: dict[str, Any]) -> ModelFacts:
+        """Facts whose RoPE is the rope key's, with an amplitude of 1: queries hold that of the layers.
+
+        `facts.config` keeps the original's RoPE, which fits the original's heads alone.
+        """
+        return replace(
+            facts,
+            rope_parameters=rope_parameters,
+            rope_theta=rope_parameters["rope_theta"],
+            rotary_dim=self.config["qk_rope_head_dim"],
+        )
+
+    def _stored_table(self, layer_idx: int) -> Tensor:
+        """The angles that our own class stores, (F,)."""
+        name = f"model.layers.{layer_idx}.self_attn.inv_freq"
+        # Where tensors lie follows from the facts, and those from this one.
+        path, _ = self._stored[name]
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)[0].double()
 
     def _refuse_own(self) -> None:
         """Refuse forms and ranks that only our own class has."""
@@ -192,15 +215,22 @@ class ConvertedFolder(FolderSource):
         G is N here.
         """
         weights = self._attention(layer_idx)
-        return self._own_layer(weights) if self.is_own else self._stock_layer(weights, layer_idx)
+        layer = self._own_layer(weights) if self.is_own else self._stock_layer(weights, layer_idx)
+        return scaled_queries(layer, self._logit_scale)
+
+    @cached_property
+    def _logit_scale(self) -> float:
+        """What the folder's class multiplies logits by beside 1/sqrt(H), as amplitude or in the softmax."""
+        if not self.is_own:
+            return softmax_scale(self.facts.rope_parameters)
+        original = facts_from_config(json.loads((self.folder / SOURCE_CONFIG).read_text(encoding="utf-8")))
+        return (rope_amplitude(original) / rope_amplitude(self.facts)) ** 2
 
     def frequencies(self, layer_idx: int) -> Tensor:
         """The angles per position of a layer's rope key, (F,), without reading its weights."""
         if self.is_own:
-            return self._read(f"model.layers.{layer_idx}.self_attn.inv_freq")[0].double()
-        width = self.config["qk_rope_head_dim"]
-        table = replace(self.facts, head_dim=width, rotary_dim=width)
-        return torch.tensor(rotary_frequencies(table), dtype=torch.float64)
+            return self._stored_table(layer_idx)
+        return torch.tensor(rotary_frequencies(self.facts), dtype=torch.float64)
 
     def _own_layer(self, weights: dict[str, Tensor]) -> LatentLayer:
         facts, rank, rope = self.facts, self.kv_lora_rank, self.config["qk_rope_head_dim"]

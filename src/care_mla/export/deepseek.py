@@ -24,7 +24,6 @@ from transformers import AutoConfig
 
 from care_mla.checkpoint.writer import ShardWriter
 from care_mla.configs import Form, Profile
-from care_mla.engines import engine_verdicts
 from care_mla.errors import ExportError
 from care_mla.export.experts import expert_config, expert_tensors, mistral4_config
 from care_mla.export.latent_norm import NORM_EPS, LinearNorm, latent_norm, query_norm, refuse_float16
@@ -33,7 +32,7 @@ from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families.rope_table import WrittenRope, plain_frequencies, written_rope
 from care_mla.mla.mapping import LatentDims
-from care_mla.profiles import check_profile
+from care_mla.profiles import check_profile, engine_verdicts
 from care_mla.workspace import write_json
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ def check_deepseek(
     form: Form,
     *,
     dtype: torch.dtype,
-    ranks: Sequence[int] | None = None,
     profile: Profile = PROFILE,
     engine: str = "transformers",
 ) -> None:
@@ -64,7 +62,6 @@ def check_deepseek(
     Args:
         form: of the conversion.
         dtype: of the weights to be written.
-        ranks: kv_lora_rank of each layer, once it is known.
         profile: which class it is.
         engine: that must run it exactly.
 
@@ -73,16 +70,14 @@ def check_deepseek(
     """
     check_profile(facts, profile, engine=engine)
     refuse_float16(dtype)
+    _check_form(form, profile)
+
+
+def _check_form(form: Form, profile: Profile) -> None:
     if form != "decoupled":
         raise ExportError(
             f"--profile {profile} cannot express --form {form}: its RoPE key is one for all heads. Nothing "
             "was written. Choose --form decoupled, or --profile care."
-        )
-    if ranks is not None and len(set(ranks)) > 1:
-        raise ExportError(
-            f"--profile {profile} cannot express ranks per layer ({min(ranks)} to {max(ranks)}): stock "
-            "engines read one kv_lora_rank. Nothing was written. Choose --allocation uniform, or --profile "
-            "care."
         )
 
 
@@ -117,6 +112,19 @@ def scaled_queries(layer: LatentLayer, factor: float) -> LatentLayer:
         q_nope_NMD=scaled(layer.q_nope_NMD),
         q_rope_bias_NP=scaled(layer.q_rope_bias_NP),
         q_nope_bias_NM=scaled(layer.q_nope_bias_NM),
+    )
+
+
+def written_facts(facts: ModelFacts, layer: LatentLayer, rope: WrittenRope) -> ModelFacts:
+    """The source's facts with the RoPE, the biases and the norms that a decoupled layer has."""
+    return replace(
+        facts,
+        rope_parameters=rope.parameters,
+        rotary_dim=layer.qk_rope_head_dim,
+        q_bias=layer.q_rope_bias_NP is not None or layer.q_nope_bias_NM is not None,
+        k_bias=layer.k_rope_bias_JP is not None,
+        v_bias=layer.v_bias_GH is not None,
+        qk_norm=None,
     )
 
 
@@ -306,7 +314,7 @@ def write_deepseek_checkpoint(
         ExportError: the class cannot express the model, or a tensor of the source has no place in it.
     """
     facts = source.facts
-    dims, rope = _checked_dims(source, layers, dtype, profile, engine)
+    dims, rope, written = _checked_dims(source, layers, dtype, profile, engine)
     config = deepseek_config(facts, dims, dtype, rope.parameters, profile)
     config["v_head_dim"] = layers(0).up_v_GHR.shape[1]
     has_query_bias = config["q_lora_rank"] is not None
@@ -319,6 +327,7 @@ def write_deepseek_checkpoint(
         head_SD = _scaled(source.tensor(name), residual_factor(name, facts), dtype)
         writer.add("lm_head.weight", head_SD.clone())
         config["tie_word_embeddings"] = False
+        written = replace(written, tie_word_embeddings=False)
     norms = []
     for layer_idx in range(facts.num_hidden_layers):
         prefix = f"model.layers.{layer_idx}."
@@ -347,7 +356,7 @@ def write_deepseek_checkpoint(
         **{key: config[key] for key in ("kv_lora_rank", "qk_rope_head_dim", "q_lora_rank")},
         "cached_values": dims[0].kv_lora_rank + dims[0].qk_rope_head_dim,
         "rope_parameters": rope.parameters,
-        "engines": engine_verdicts(config),
+        "engines": engine_verdicts(written, profile),
         "residual_scale": residual_scale(facts),
         "latent_norms": [asdict(norm) for norm in norms],
     }
@@ -355,16 +364,24 @@ def write_deepseek_checkpoint(
 
 def _checked_dims(
     source: Source, layers: Callable[[int], LatentLayer], dtype: torch.dtype, profile: Profile, engine: str
-) -> tuple[list[LatentDims], WrittenRope]:
-    """Sizes of all layers and the RoPE that they share, after every check that the export has."""
-    facts = source.facts
+) -> tuple[list[LatentDims], WrittenRope, ModelFacts]:
+    """Sizes of all layers, the RoPE that they share, and `written_facts`, after every check."""
+    facts = written = source.facts
     dims, ropes = [], []
     for layer_idx in range(facts.num_hidden_layers):
         layer = layers(layer_idx)
         dims.append(LatentDims.of(layer))
-        ranks = [d.kv_lora_rank for d in dims]
-        check_deepseek(facts, layer.form, dtype=dtype, ranks=ranks, profile=profile, engine=engine)
+        _check_form(layer.form, profile)
         ropes.append(layer_rope(facts, layer, layer_idx))
+        written = written_facts(facts, layer, ropes[-1])
+        check_deepseek(written, layer.form, dtype=dtype, profile=profile, engine=engine)
+    ranks = {layer.kv_lora_rank for layer in dims}
+    if len(ranks) > 1:
+        raise ExportError(
+            f"--profile {profile} cannot express ranks per layer ({min(ranks)} to {max(ranks)}): stock "
+            "engines read one kv_lora_rank. Nothing was written. Choose --allocation uniform, or --profile "
+            "care."
+        )
     names = set(source.headers) - set(source.ignored())
     places = [KEPT, REPLACED] if facts.qk_norm is None else [KEPT, REPLACED, QK_NORMS]
     if lost := sorted(name for name in names if not any(place.fullmatch(name) for place in places)):
@@ -375,7 +392,7 @@ def _checked_dims(
     widths = sorted({(layer.qk_nope_head_dim, layer.qk_rope_head_dim) for layer in dims})
     assert len(widths) == 1, f"(M, P) differ between layers: {widths}"
     assert all(rope == ropes[0] for rope in ropes), "RoPE differs between layers"
-    return dims, ropes[0]
+    return dims, ropes[0], written
 
 
 def _scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -13,8 +13,7 @@ types hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from care_mla.engines import BETA_FAST, BETA_SLOW
 from care_mla.errors import ExportError
-from care_mla.export.deepseek import KEPT, REPLACED, neighbour_pairs, scaled_queries
+from care_mla.export.deepseek import KEPT, REPLACED, layer_rope, neighbour_pairs, scaled_queries
 from care_mla.export.gguf_experts import (
     PROJECTIONS,
     ROUTER,
@@ -38,7 +38,7 @@ from care_mla.export.residual import STREAM_WRITERS, residual_factor
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import weight_names
-from care_mla.families.rope import rope_amplitude
+from care_mla.families.rope_table import written_rope
 from care_mla.profiles import profile_blocker
 
 if TYPE_CHECKING:
@@ -78,9 +78,8 @@ def check_gguf(model: ConvertedFolder, dtype: torch.dtype) -> None:
         ExportError: naming the feature, and what runs the model instead.
     """
     facts = model.facts
-    plain = replace(facts, rope_parameters=facts.rope_parameters | {"rope_type": "default"})
     # Of DeepSeek's two routers `deepseek2` has V2's softmax too, and its division by the sum.
-    blocker = profile_blocker(plain, "deepseek-v2", engine="llama.cpp") or _rope_blocker(model)
+    blocker = profile_blocker(facts, "deepseek-v2", engine="llama.cpp") or _rope_blocker(model)
     if blocker is None:
         known = {name for name in weight_names(facts) if KEPT.fullmatch(name) or REPLACED.fullmatch(name)}
         if lost := sorted(set(model.headers) - known - set(model.ignored())):
@@ -95,15 +94,14 @@ def check_gguf(model: ConvertedFolder, dtype: torch.dtype) -> None:
 
 
 def _rope_blocker(model: ConvertedFolder) -> str | None:
-    """Why llama.cpp would turn keys otherwise; it computes theta^(-2i/P) and reads no factors here."""
-    for layer_idx in range(model.facts.num_hidden_layers):
-        found_F = model.frequencies(layer_idx)
-        width = 2 * len(found_F)
-        plain = [model.facts.rope_theta ** (-2 * i / width) for i in range(len(found_F))]
-        if not (found_F / torch.tensor(plain, dtype=torch.float64) - 1).abs().max() <= 1e-6:
+    """Why llama.cpp would turn keys otherwise: it computes one table for all layers, and reads none."""
+    facts = model.facts
+    for layer_idx in range(facts.num_hidden_layers):
+        rope = written_rope(facts, model.frequencies(layer_idx).tolist())
+        if rope is None or rope.parameters["rope_type"] != facts.rope_type:
             return (
-                f"rope_type {model.facts.rope_type}: llama.cpp computes theta^(-2i/{width}) for deepseek2, "
-                f"and layer {layer_idx} turns by other frequencies"
+                f"rope_type {facts.rope_type}: llama.cpp computes one table of frequencies for deepseek2, "
+                f"and layer {layer_idx} turns by others"
             )
     return None
 
@@ -189,6 +187,7 @@ def _write_metadata(
     writer.add_layer_norm_rms_eps(eps)
     writer.add_rope_freq_base(facts.rope_theta)
     writer.add_rope_dimension_count(rope)
+    _write_yarn(writer, layer_rope(facts, layer, 0).parameters)
     writer.add_kv_lora_rank(rank)
     # Without the key llama.cpp looks for a low-rank query in some sizes of model.
     writer.add_q_lora_rank(0)
@@ -196,6 +195,19 @@ def _write_metadata(
     writer.add_value_length(rank)
     writer.add_key_length_mla(nope + rope)
     writer.add_value_length_mla(layer.up_v_GHR.shape[1])
+
+
+def _write_yarn(writer: gguf.GGUFWriter, rope_parameters: Mapping[str, Any]) -> None:
+    """YaRN with both mscales 1 and the betas that llama.cpp has; nothing where RoPE is plain."""
+    if rope_parameters["rope_type"] != "yarn":
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope_parameters["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope_parameters["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(BETA_FAST)
+    writer.add_rope_scaling_yarn_beta_slow(BETA_SLOW)
+    # 0.1 mscale_all_dim: the growth of logits' square root by ln(factor).
+    writer.add_rope_scaling_yarn_log_mul(0.1)
 
 
 def _gguf_name(name: str) -> str:
@@ -266,9 +278,9 @@ def _tensors(
             yield scaled(name)
         yield from expert_tensors(source, layer_idx)
         norm_D = source.tensor(f"model.layers.{layer_idx}.input_layernorm.weight")
-        # RoPE in llama.cpp has no amplitude; logits grow by its square.
-        layer = scaled_queries(layers(layer_idx), rope_amplitude(source.facts) ** 2)
-        tensors, _ = attention_tensors(layer, norm_D, eps)
+        layer = layers(layer_idx)
+        rope = layer_rope(source.facts, layer, layer_idx)
+        tensors, _ = attention_tensors(scaled_queries(layer, rope.query_scale), norm_D, eps)
         for module, tensor in tensors.items():
             yield f"blk.{layer_idx}.{module}.weight", tensor
         advance()

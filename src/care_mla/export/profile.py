@@ -20,12 +20,12 @@ from care_mla.export.stock import (
     write_deepseek_v2_checkpoint,
     write_mistral4_checkpoint,
 )
-from care_mla.export.vllm import check_vllm, write_vllm_checkpoint
+from care_mla.export.vllm import write_vllm_checkpoint
 from care_mla.export_config import ExportProfile
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.mla.mapping import class_names
-from care_mla.profiles import stock_profile
+from care_mla.profiles import as_converted, stock_profile
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
@@ -66,7 +66,7 @@ def _check_deepseek(model: ConvertedFolder, dtype: torch.dtype) -> None:
 
 
 def _check_vllm(model: ConvertedFolder, dtype: torch.dtype) -> None:
-    check_vllm(model.facts, "decoupled", dtype=dtype)
+    check_deepseek(model.facts, "decoupled", dtype=dtype, profile="vllm")
 
 
 def _check_care(model: ConvertedFolder, dtype: torch.dtype) -> None:
@@ -111,22 +111,14 @@ def pick_profile(facts: ModelFacts, config: PlanConfig) -> Profile:
         ExportError: the profile asked for cannot.
         UnsupportedModelError: none can.
     """
+    converted = as_converted(facts, config)
     spread = METHOD_ALLOCATION.get(config.method, config.allocation)
-    if config.profile == "vllm":
-        check_vllm(
-            facts,
-            config.form,
-            dtype=torch.float32,
-            plain_rope=config.rope_table != "scaled",
-            absorbs_biases=config.biases == "absorb",
-        )
-        return config.profile
     if config.profile not in (None, "care"):
-        check_deepseek(facts, config.form, dtype=torch.float32, profile=config.profile)
+        check_deepseek(converted, config.form, dtype=torch.float32, profile=config.profile)
         return config.profile
     stock = config.profile is None and config.form == "decoupled" and spread not in PER_LAYER_ALLOCATIONS
     if stock:
-        profile, reason = stock_profile(facts)
+        profile, reason = stock_profile(converted)
         if profile is None:
             console.current().warn(
                 f"written for our own class (profile care), not for stock engines: {reason}"

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from care_mla.configs import Form
 from care_mla.errors import ExportError
-from care_mla.export.deepseek import check_deepseek, write_deepseek_checkpoint
+from care_mla.export.deepseek import write_deepseek_checkpoint
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
-from care_mla.profiles import check_profile
 from care_mla.serving import HeadDims, kernel_warnings, kernels, padded_head_dims
 
 if TYPE_CHECKING:
@@ -104,29 +102,6 @@ def _table(inv_freq_JF: Tensor, rope_theta: float, dims: HeadDims) -> Tensor:
     return wide_JF
 
 
-def check_vllm(
-    facts: ModelFacts,
-    form: Form,
-    *,
-    dtype: torch.dtype,
-    plain_rope: bool = False,
-    absorbs_biases: bool = False,
-) -> None:
-    """Refuse what vLLM's own DeepSeek class ignores or misreads, from what is known before any work.
-
-    Args:
-        form: of the conversion.
-        dtype: of the weights to be written.
-        plain_rope: whether the rope key turns by plain RoPE's angles (--rope-table).
-        absorbs_biases: whether biases go into the weights (--biases absorb).
-
-    Raises:
-        ExportError: the message names the feature.
-    """
-    check_profile(facts, PROFILE, plain_rope=plain_rope, absorbs_biases=absorbs_biases)
-    check_deepseek(facts, form, dtype=dtype)
-
-
 def check_vllm_layer(facts: ModelFacts, layer: LatentLayer, layer_idx: int) -> None:
     """Refuse a converted layer with a bias or a scaled RoPE table: vLLM drops the one and misreads the other.
 
@@ -178,7 +153,6 @@ def write_vllm_checkpoint(
         ExportError: vLLM cannot express the model; nothing was written.
     """
     facts = source.facts
-    check_deepseek(facts, layers(0).form, dtype=dtype)
     for layer_idx in range(facts.num_hidden_layers):
         check_vllm_layer(facts, layers(layer_idx), layer_idx)
 

@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from care_mla.engines import BETA_FAST, BETA_SLOW
 from care_mla.errors import UnsupportedModelError
 
 # YaRN's defaults (arXiv 2309.00071, section 3.2): turns within the old context that bound its ramp.
-BETA_FAST, BETA_SLOW = 32.0, 1.0
 YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate")
 
 
@@ -50,9 +50,9 @@ def scaling_parameters(
     else:
         for key in ("short_factor", "long_factor"):
             parameters[key] = _factors(key, found.get(key), where)
-    if found.get("attention_factor") is None:
-        parameters["attention_factor"] = _default_amplitude(rope_type, parameters)
-    _positive("attention_factor", parameters.get("attention_factor", 1.0), rope_type, where)
+    amplitude = found.get("attention_factor")
+    amplitude = _default_amplitude(rope_type, parameters) if amplitude is None else amplitude
+    parameters["attention_factor"] = _positive("attention_factor", amplitude, rope_type, where)
     return parameters
 
 

@@ -8,7 +8,7 @@ transformers alone (docs/rope.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,12 @@ def decoupled_rope(facts: ModelFacts, width: int, *, plain: bool) -> dict[str, A
     return rope.parameters
 
 
+def softmax_scale(rope_parameters: Mapping[str, Any]) -> float:
+    """What DeepSeek's class multiplies logits by for `rope_parameters` as `written_rope` gives them."""
+    is_yarn = rope_parameters["rope_type"] == "yarn"
+    return yarn_mscale(rope_parameters["factor"]) ** 2 if is_yarn else 1.0
+
+
 def written_rope(facts: ModelFacts, found: Sequence[float]) -> WrittenRope | None:
     """How DeepSeek's configuration says a table of P/2 angles; None where the source has no such table.
 
@@ -73,9 +79,9 @@ def written_rope(facts: ModelFacts, found: Sequence[float]) -> WrittenRope | Non
         return WrittenRope(parameters={"rope_type": "default", "rope_theta": theta}, query_scale=scale)
     if not _same(found, scaled[:: len(scaled) // len(found)]):
         return None
-    own, softmax = _own_type(facts)
+    own = _own_type(facts)
     if own is not None and _same(found, _frequencies(own, width)):
-        return WrittenRope(parameters=own, query_scale=scale / softmax)
+        return WrittenRope(parameters=own, query_scale=scale / softmax_scale(own))
     factors = [plain / angle for plain, angle in zip(plain_frequencies(theta, width), found, strict=True)]
     table = {
         "rope_type": "longrope",
@@ -89,22 +95,22 @@ def written_rope(facts: ModelFacts, found: Sequence[float]) -> WrittenRope | Non
     return WrittenRope(parameters=table, query_scale=scale)
 
 
-def _own_type(facts: ModelFacts) -> tuple[dict[str, Any] | None, float]:
-    """The source's type for DeepSeek's class, and the factor that it brings to all logits."""
+def _own_type(facts: ModelFacts) -> dict[str, Any] | None:
+    """The source's type for DeepSeek's class."""
     own = dict(facts.rope_parameters)
     # Of its rope key the class rotates all.
     own.pop("partial_rotary_factor", None)
     match facts.rope_type:
         case "linear" | "llama3":
-            return own, 1.0
+            return own
         case "yarn":
             # With both mscales 1 every engine leaves cos and sin alone and scales the softmax by mscale^2.
             for key in ("attention_factor", "mscale", "mscale_all_dim"):
                 own.pop(key, None)
             own |= {"mscale": 1.0, "mscale_all_dim": 1.0}
-            return own, yarn_mscale(own["factor"]) ** 2
+            return own
         case _:
-            return None, 1.0
+            return None
 
 
 def _frequencies(parameters: dict[str, Any], width: int) -> list[float]:
