@@ -127,10 +127,8 @@ def padded_head_dims(qk_nope_head_dim: int, qk_rope_head_dim: int, v_head_dim: i
         return found
     if ROPE_HEAD_DIM % qk_rope_head_dim:
         raise ExportError(
-            f"--profile vllm: a RoPE key of width {qk_rope_head_dim} has no place in vLLM's kernels, which "
-            f"take {ROPE_HEAD_DIM} and so the widths that divide it. Nothing was written. Choose "
-            f"--qk-rope-head-dim {ROPE_HEAD_DIM} where head_dim allows it, or --profile deepseek-v3 for "
-            "transformers."
+            f"--profile vllm: {_no_place(qk_rope_head_dim)}. Nothing was written. Choose --qk-rope-head-dim "
+            f"{ROPE_HEAD_DIM} where head_dim allows it, or --profile deepseek-v3 for transformers."
         )
     raise ExportError(
         f"--profile vllm: head dims {tuple(given)} (keys without RoPE, RoPE key, values) are wider than "
@@ -167,11 +165,20 @@ def kernel_summary(facts: ModelFacts, dims: Dims) -> str:
     )
 
 
+def _no_place(width: int) -> str:
+    return (
+        f"a RoPE key of width {width} has no place in vLLM's kernels, which take {ROPE_HEAD_DIM} and so the "
+        "widths that divide it"
+    )
+
+
 def head_dim_blocker(facts: ModelFacts) -> str | None:
     """Why no head dims of vLLM's kernels hold this model's; None where some do."""
     width = _rope_head_dim(facts)
     if head_dims_holding(facts.head_dim, width, facts.head_dim) is not None:
         return None
+    if ROPE_HEAD_DIM % width:
+        return _no_place(width)
     held = ", ".join(str(tuple(each)) for each in PREFILL_DIMS)
     return f"head_dim {facts.head_dim}: vLLM's prefill kernels take (qk_nope, qk_rope, v) head dims {held}"
 
