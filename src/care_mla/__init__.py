@@ -16,10 +16,12 @@ _MODULES = {
     "CompareConfig": "care_mla.configs",
     "ConvertConfig": "care_mla.configs",
     "ExportConfig": "care_mla.export_config",
+    "HealConfig": "care_mla.heal_config",
     "VerifyConfig": "care_mla.configs",
     "compare": "care_mla.evaluate.compare",
     "convert": "care_mla.pipeline",
     "export_model": "care_mla.export.run",
+    "heal": "care_mla.heal.run",
     "verify": "care_mla.export.verify",
 }
 

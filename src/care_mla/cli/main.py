@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "turn a model into Multi-head Latent Attention",
     "compare": "methods side by side at one budget, with the original",
     "evaluate": "perplexity and cache of several models in one run",
+    "heal": "train a converted model back towards its original",
     "export": "write a converted model again for another engine: deepseek-v2, gguf, …",
     "verify": "reload a converted model and compare it with its stored reference",
     "demo": "convert and check a small built-in model, offline, in minutes",

@@ -52,6 +52,7 @@ class Card:
         versions: of the software that decides the numbers.
         fingerprints: of what the result depends on, such as the source's weights and the calibration text.
         warnings: what the run warned about.
+        healed: what training after the conversion did, in a sentence or two; empty without.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Card:
     versions: Mapping[str, str | None]
     fingerprints: Mapping[str, str]
     warnings: Sequence[str] = field(default_factory=tuple)
+    healed: str = ""
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -140,7 +142,7 @@ def _summary(card: Card) -> str:
     ) + (
         " with its attention turned into Multi-head Latent Attention by `care`: each layer caches a latent "
         f"of {rank} values per token{rope}, {after / before:.0%} of what the original caches. Form "
-        f"{card.form}, method {card.method}. All other weights are the original's."
+        f"{card.form}, method {card.method}. " + (card.healed or "All other weights are the original's.")
     )
 
 

@@ -74,6 +74,7 @@ def store_reference(
     num_layers: int | None = None,
     device: torch.device | str = "cpu",
     cached_values: int | None = None,
+    original_BLS: Tensor | None = None,
 ) -> None:
     """Compute the reference in float64 and store it with a converted model.
 
@@ -86,15 +87,18 @@ def store_reference(
             the engine's model too.
         device: where the reference runs.
         cached_values: of every layer as exported; None: those of the factors.
+        original_BLS: logits of the original, where `source` is not the original itself.
     """
     facts = source.facts
     kept = facts.num_hidden_layers if num_layers is None else num_layers
     reference = Reference(source, layers, device, num_layers=kept)
     greedy = reference.greedy(tokens_BL[0], num_greedy)
+    if original_BLS is None:
+        original_BLS = Reference(source, None, device, num_layers=kept).logits(tokens_BL).float()
     tensors = {
         "tokens_BL": tokens_BL,
         "reference_BLS": reference.logits(tokens_BL).float(),
-        "original_BLS": Reference(source, None, device, num_layers=kept).logits(tokens_BL).float(),
+        "original_BLS": original_BLS,
         "greedy_T": greedy.tokens_T,
         "greedy_logits_TS": greedy.logits_TS.float(),
     }

@@ -1,0 +1,1 @@
+"""Healing: a converted model trained back towards its original."""

@@ -1,0 +1,217 @@
+"""Both models in one module, on one device or spread over many, and what of it a checkpoint holds."""
+# Shapes: B blocks, L positions, T tokens (B * (L - 1)), D hidden_size.
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from care_mla.heal.loss import Losses, LossWeights, distillation_loss, loss_of_chunk
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from care_mla.heal_config import HealConfig
+
+STUDENT = "student."
+
+
+class Distiller(nn.Module):
+    """Student and teacher; the forward pass gives the losses of a batch of blocks.
+
+    Args:
+        student: trains in part.
+        teacher: frozen; of the same vocabulary, and of the same sizes where hidden states are compared.
+        weights: of the loss.
+        hidden_states: weight of the relative squared difference of the residual streams, mean over layers.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        weights: LossWeights,
+        hidden_states: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher.requires_grad_(False)
+        self.weights, self.hidden_states = weights, hidden_states
+        self.chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = loss_of_chunk
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Let the student train; the teacher stays as it is."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, tokens_BL: Tensor) -> Losses:
+        """Mean losses over all tokens that have a next one."""
+        options = {"use_cache": False, "output_hidden_states": self.hidden_states > 0}
+        with torch.no_grad():
+            taught = self.teacher.model(tokens_BL, **options)
+        learnt = self.student.model(tokens_BL, **options)
+        states_TD, taught_TD = (out.last_hidden_state[:, :-1].flatten(0, 1) for out in (learnt, taught))
+        if torch.is_autocast_enabled(tokens_BL.device.type):
+            dtype = torch.get_autocast_dtype(tokens_BL.device.type)
+            states_TD, taught_TD = states_TD.to(dtype), taught_TD.to(dtype)
+        losses = distillation_loss(
+            states_TD,
+            self.student.lm_head.weight,
+            taught_TD,
+            self.teacher.lm_head.weight,
+            tokens_BL[:, 1:].flatten(),
+            self.weights,
+            chunk_loss=self.chunk_loss,
+        )
+        if self.hidden_states > 0:
+            apart = stream_difference(learnt.hidden_states, taught.hidden_states)
+            losses = losses._replace(total=losses.total + self.hidden_states * apart)
+        return losses
+
+
+def stream_difference(learnt: tuple[Tensor, ...], taught: tuple[Tensor, ...]) -> Tensor:
+    """Mean over tokens and layers of |student - teacher|^2 / |teacher|^2.
+
+    Relative for each token, since a few tokens have a stream that is a hundred times as large.
+    """
+    ratios = [
+        (a.float() - b.float()).square().sum(-1) / b.float().square().sum(-1).clamp_min(1e-12)
+        for a, b in zip(learnt[1:], taught[1:], strict=True)
+    ]
+    return torch.stack([ratio.mean() for ratio in ratios]).mean()
+
+
+def make_accelerator(config: HealConfig, logging_folder: str) -> Accelerator:
+    """Accelerate's view of devices and processes: bfloat16 autocast on GPUs, float32 on a CPU."""
+    from accelerate import Accelerator
+    from accelerate.utils import is_tensorboard_available
+
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    # What `accelerate launch --mixed_precision` says goes first.
+    precision = None if "ACCELERATE_MIXED_PRECISION" in os.environ else ("bf16" if on_gpu else "no")
+    return Accelerator(
+        cpu=not on_gpu,
+        mixed_precision=precision,
+        log_with="tensorboard" if is_tensorboard_available() else None,
+        project_dir=logging_folder,
+    )
+
+
+def is_sharded(config: HealConfig, accelerator: Accelerator) -> bool:
+    """Whether weights are spread over processes: --shard, or `accelerate launch --use_fsdp`."""
+    asked = config.shard or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and accelerator.num_processes > 1
+
+
+def place(distiller: Distiller, accelerator: Accelerator, config: HealConfig) -> nn.Module:
+    """The module on its device or devices, in the types in which it computes.
+
+    Without sharding, what is frozen is kept in autocast's type, and weights that both models have are kept
+    once. With it (FSDP2, of torch itself, so that it works on CPUs too) all are float32 and are cast as they
+    are gathered.
+    """
+    student, teacher, device = distiller.student, distiller.teacher, accelerator.device
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    distiller.train()
+    reduced = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    if is_sharded(config, accelerator):
+        _shard(distiller.float(), device, reduced)
+    else:
+        for parameter in distiller.parameters():
+            dtype = reduced if reduced is not None and not parameter.requires_grad else parameter.dtype
+            parameter.data = parameter.data.to(device, dtype)
+        distiller.to(device)
+        share_frozen_weights(student, teacher)
+    if config.compile:
+        # Layer by layer: one compilation serves all of them.
+        for layer in (*student.model.layers, *teacher.model.layers):
+            layer.compile()
+        distiller.chunk_loss = torch.compile(loss_of_chunk)
+    if is_sharded(config, accelerator):
+        return distiller
+    return accelerator.prepare_model(distiller)
+
+
+def _shard(distiller: Distiller, device: torch.device, reduced: torch.dtype | None) -> None:
+    from torch.distributed import get_world_size
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32)
+    for layer in (*distiller.student.model.layers, *distiller.teacher.model.layers):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # Embeddings, final norms and heads are gathered for the whole forward pass, where the loss needs them.
+    fully_shard(distiller, mesh=mesh, mp_policy=policy)
+    for buffer in distiller.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def share_frozen_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let both models hold one copy of a frozen weight that is the same in both."""
+    taught = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        other = taught.get(name.replace(".base_layer", ""))
+        if parameter.requires_grad or other is None or other.dtype != parameter.dtype:
+            continue
+        if other.shape == parameter.shape and torch.equal(other, parameter):
+            parameter.data = other.data
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by its name in the student."""
+    return {
+        name.removeprefix("module.").removeprefix(STUDENT): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, gathered from all processes if it is spread; all of them must call it."""
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().cpu().clone()
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    if isinstance(parameter, DTensor) and value.dim():
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value.to(parameter.device)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimiser's state, as `NAME::KEY`; empty before its first step."""
+    return {
+        f"{name}::{key}": whole(value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def restore(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Put weights and the optimiser's state of a checkpoint where they belong."""
+    assert weights.keys() == parameters.keys(), sorted(weights.keys() ^ parameters.keys())[:3]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(_like(weights[name], parameter))
+    for name, value in state.items():
+        name, _, key = name.partition("::")
+        parameter = parameters[name]
+        # A fused optimiser counts its steps on the device, any other on the CPU.
+        is_count = value.dim() == 0 and not optimizer.defaults.get("fused")
+        kept: dict[str, Any] = optimizer.state[parameter]
+        kept[key] = value if is_count else _like(value, parameter)

@@ -1,0 +1,235 @@
+"""The training loop: batches, losses, steps, measurements on the held-out part, checkpoints.
+
+All that is random is keyed by the seed and the step, so a run that was stopped goes on as if it had not been.
+"""
+# Shapes: B blocks, L positions.
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from care_mla import console as terminal
+from care_mla.errors import CareError
+from care_mla.heal.checkpoints import Checkpoints, RunState
+from care_mla.heal.data import Blocks
+from care_mla.heal.engine import optimizer_tensors, restore, trained_parameters, whole
+from care_mla.heal_config import DEFAULT_STEPS, HealConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DEFAULT_SAVE_EVERY = 50  # with --minutes alone, where the number of steps is not known
+
+
+def train(
+    model: nn.Module,
+    blocks: Blocks,
+    config: HealConfig,
+    accelerator: Accelerator,
+    checkpoints: Checkpoints,
+    *,
+    micro_batch: int,
+) -> RunState:
+    """Train until the steps or the minutes are over, or the held-out KL has stopped falling.
+
+    Args:
+        model: a placed `Distiller`.
+        micro_batch: blocks of one forward pass.
+
+    Raises:
+        CareError: the loss is no number any more.
+    """
+    parameters = trained_parameters(model)
+    optimizer = make_optimizer(parameters, config, accelerator.device)
+    state = RunState()
+    with accelerator.main_process_first():  # it removes what is damaged
+        found = checkpoints.newest()
+    if found is not None:
+        state, weights, optimizer_state = found
+        restore(optimizer, parameters, weights, optimizer_state)
+        terminal.current().note(f"Going on from step {state.step}.")
+
+    def measure_and_save() -> None:
+        state.held_out.append((state.step, *held_out_losses(model, blocks, accelerator, micro_batch)))
+        weights = {name: whole(parameter) for name, parameter in parameters.items()}
+        moments = optimizer_tensors(optimizer, parameters)
+        if accelerator.is_main_process:
+            checkpoints.save(state, weights, moments)
+        accelerator.wait_for_everyone()
+
+    if not state.held_out:
+        measure_and_save()
+    share = config.batch_size // accelerator.num_processes
+    length = len(blocks[0])
+    with Progress(config, state) as progress:
+        while not is_over(state, config):
+            start = time.perf_counter()
+            set_learning_rate(optimizer, state, config)
+            first = state.step * config.batch_size + accelerator.process_index * share
+            sums = torch.zeros(3, device=accelerator.device)
+            for micro, (place, count) in enumerate(micro_batches(share, micro_batch), start=1):
+                is_last = micro == math.ceil(share / micro_batch)
+                tokens_BL = blocks.batch(first + place, count).to(accelerator.device)
+                # Gradients travel between processes once per step.
+                with nullcontext() if is_last else accelerator.no_sync(model):
+                    with accelerator.autocast():
+                        losses = model(tokens_BL)
+                    accelerator.backward(losses.total * (count / share))
+                sums += torch.stack([loss.detach() for loss in losses]) * (count / share)
+            norm = nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss, cross_entropy, kl = accelerator.reduce(sums, "mean").tolist()
+            seconds = time.perf_counter() - start
+            state.step += 1
+            state.elapsed += agreed(seconds, accelerator, config)
+            row = {
+                "step": state.step,
+                "loss": loss,
+                "kl": kl,
+                "cross_entropy": cross_entropy,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "gradient_norm": whole(norm).item(),
+                "tokens_per_second": config.batch_size * length / seconds,
+            }
+            if not math.isfinite(loss):
+                raise CareError(
+                    f"The loss is {loss} at step {state.step}: training has diverged. The checkpoints before "
+                    "are kept. Train again, in another work folder, with a lower --learning-rate than "
+                    f"{config.learning_rate:g}"
+                )
+            state.steps.append(row)
+            accelerator.log({f"heal/{key}": value for key, value in row.items()}, step=state.step)
+            if state.step % save_every(config) == 0 or is_over(state, config):
+                measure_and_save()
+                accelerator.log({"heal/held_out_kl": state.held_out[-1][1]}, step=state.step)
+            progress.show(row)
+    return state
+
+
+def micro_batches(share: int, size: int) -> Iterator[tuple[int, int]]:
+    """(first block, number of blocks) of each forward pass of a process in one step."""
+    return ((start, min(size, share - start)) for start in range(0, share, size))
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], config: HealConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW, with weight decay on matrices alone."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    is_fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=is_fused or None)
+
+
+def planned_steps(config: HealConfig) -> int | None:
+    """Steps that end the run; None where only time does."""
+    return config.steps or (None if config.minutes else DEFAULT_STEPS)
+
+
+def save_every(config: HealConfig) -> int:
+    """Steps between checkpoints."""
+    steps = planned_steps(config)
+    return config.save_every or (max(1, steps // 10) if steps else DEFAULT_SAVE_EVERY)
+
+
+def is_over(state: RunState, config: HealConfig) -> bool:
+    """Whether training ends here: by steps, by time, or because it does not get better."""
+    steps = planned_steps(config)
+    is_stale = bool(config.patience) and state.measurements_since_best >= config.patience
+    return (
+        (steps is not None and state.step >= steps)
+        or (config.minutes is not None and state.elapsed >= 60 * config.minutes)
+        or is_stale
+    )
+
+
+def done_share(state: RunState, config: HealConfig, ahead: float = 0.0) -> float:
+    """How much of the run is over, from 0 to 1; `ahead` steps further on."""
+    steps = planned_steps(config)
+    by_steps = (state.step + ahead) / steps if steps else 0.0
+    by_time = state.elapsed / (60 * config.minutes) if config.minutes else 0.0
+    return min(1.0, max(by_steps, by_time))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, state: RunState, config: HealConfig) -> None:
+    """Linear warm-up, then a cosine to 0, of the middle of the coming step."""
+    done = done_share(state, config, ahead=0.5)
+    if done < config.warmup:
+        factor = done / config.warmup
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * (done - config.warmup) / max(1e-9, 1 - config.warmup)))
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * factor
+
+
+def agreed(seconds: float, accelerator: Accelerator, config: HealConfig) -> float:
+    """The first process's seconds, where time decides: all must end at the same step."""
+    if config.minutes is None or accelerator.num_processes == 1:
+        return seconds
+    box = [seconds]
+    broadcast_object_list(box)
+    return box[0]
+
+
+def held_out_losses(
+    model: nn.Module, blocks: Blocks, accelerator: Accelerator, micro_batch: int
+) -> tuple[float, float]:
+    """Mean KL and cross-entropy over the held-out blocks, in nats per token."""
+    tokens_BL = blocks.held_out_BL
+    ranks, rank = accelerator.num_processes, accelerator.process_index
+    sums = torch.zeros(3, device=accelerator.device)
+    for start in range(0, len(tokens_BL), micro_batch * ranks):
+        mine_BL = tokens_BL[start + rank * micro_batch :][:micro_batch]
+        # Every process runs as many passes, since sharded weights are gathered together; some count nothing.
+        batch_BL = mine_BL if len(mine_BL) else tokens_BL[:1]
+        with torch.no_grad(), accelerator.autocast():
+            losses = model(batch_BL.to(accelerator.device))
+        sums += torch.stack([losses.kl, losses.cross_entropy, torch.ones_like(losses.kl)]) * len(mine_BL)
+    kl, cross_entropy, count = accelerator.reduce(sums, "sum").tolist()
+    return kl / count, cross_entropy / count
+
+
+class Progress:
+    """The bar: loss, KL, tokens per second, time left."""
+
+    def __init__(self, config: HealConfig, state: RunState) -> None:
+        self.config, self.state = config, state
+        self.steps = planned_steps(config)
+        total = self.steps or math.ceil(60 * (config.minutes or 0))
+        self._context = terminal.current().progress("Healing", total)
+
+    def __enter__(self) -> Progress:
+        self._progress = self._context.__enter__()
+        self._first, self._begun = done_share(self.state, self.config), time.perf_counter()
+        if self.state.step:
+            self._progress.advance(self._position(), "as the checkpoint has it")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._context.__exit__(*exception)  # type: ignore[arg-type]
+
+    def show(self, row: dict[str, float]) -> None:
+        """Show a step that is done."""
+        share = done_share(self.state, self.config)
+        passed = time.perf_counter() - self._begun
+        left = passed * (1 - share) / max(1e-9, share - self._first)
+        step, kl, _ = self.state.held_out[-1]
+        text = (
+            f"loss {row['loss']:.4f}  KL {row['kl']:.4f}  held-out KL {kl:.4f} (step {step})  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  {left / 60:.1f} min left"
+        )
+        self._progress.advance(self._position() - self._progress.done, text)
+
+    def _position(self) -> int:
+        return self.state.step if self.steps else int(self.state.elapsed)
