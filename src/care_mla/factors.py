@@ -5,7 +5,7 @@ exporters) starts here. Written to `layers/layer_00.safetensors` in the work fol
 """
 # Shapes: D hidden_size, N query heads, G KV heads, H head_dim, R kv_lora_rank, M qk_nope_head_dim,
 #         P qk_rope_head_dim, J rope-key heads (0, 1 or G), F frequencies (P/2), X rows of a norm (1, or one
-#         for each head).
+#         for each head), O columns of o_proj (N*H).
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class LatentLayer:
     RMSNorm with these weights and the source's eps before RoPE: over each head by itself if X is 1, else over
     all heads at once, with a row of weights for each.
 
+    `o_weight_DO` is the output projection where training has changed it; None is the source's.
+
     RoPE pairs are half-split (i, i + P/2) and pair i of rope-key head j turns by `inv_freq_JF[j, i]` per
     position.
     """
@@ -58,6 +60,7 @@ class LatentLayer:
     v_bias_GH: Tensor | None = None
     q_norm_XH: Tensor | None = None
     k_norm_XH: Tensor | None = None
+    o_weight_DO: Tensor | None = None
 
     @property
     def kv_lora_rank(self) -> int:
@@ -74,6 +77,10 @@ class LatentLayer:
         """Cached values per token: R + J * P."""
         rope = 0 if self.k_rope_JPD is None else self.k_rope_JPD.shape[0] * self.k_rope_JPD.shape[1]
         return self.kv_lora_rank + rope
+
+    def output_weight(self, source_DO: Tensor) -> Tensor:
+        """The output projection: this layer's own if it has one, else the source's."""
+        return source_DO if self.o_weight_DO is None else self.o_weight_DO
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, by field name."""

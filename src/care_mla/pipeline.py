@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from care_mla import console as terminal
+from care_mla.calibrate.data import TokenBlocks
 from care_mla.calibrate.layers import LayerStack
-from care_mla.calibrate.run import calibrate, check_calibration, whole_model_fits
+from care_mla.calibrate.run import calibrate, check_calibration, matching_text, whole_model_fits
 from care_mla.checkpoint.finite import require_finite
 from care_mla.checkpoint.opening import DEMO, open_source
 from care_mla.checkpoint.source import Source
@@ -31,6 +32,8 @@ from care_mla.factors import LatentLayer
 from care_mla.families.rope_table import has_choice
 from care_mla.forms import check_form
 from care_mla.mla.choose import Choice, candidates, choose
+from care_mla.mla.divergence import measure
+from care_mla.mla.match import Matching, match_layers
 from care_mla.plan import plan
 from care_mla.recipe import recipe_text
 from care_mla.serving import fit_vllm
@@ -103,8 +106,15 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             )
     with stages("factor"), console.progress(f"Factoring: {choice.label}", stack.num_layers) as progress:
         layers, layer_rows = _factor(choice, inputs, workspace, progress.advance)
+    matched = None
+    if config.match_steps:
+        with stages("match"):
+            layers, matched = _match(stack, config, layers, choice, blocks, workspace)
+        for row, errors in zip(layer_rows, matched.errors, strict=True):
+            row["match"] = errors
+    held_out_kl = min(matched.held_out_kl.values()) if matched else choice.held_out_kl
     if needs_healing := [*planned.needs_healing, *absorbed(choice, layer_rows)]:
-        console.warn(healing_warning(needs_healing, choice.held_out_kl))
+        console.warn(healing_warning(needs_healing, held_out_kl))
     with atomic_folder(config.output, config.overwrite) as folder:
         with stages("export"):
             with console.progress(f"Writing {config.output}", stack.num_layers) as progress:
@@ -133,7 +143,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "method": config.method,
             "allocation": choice.allocation,
             "profile": profile,
-            "held_out_kl": choice.held_out_kl,
+            "held_out_kl": held_out_kl,
             "rope": {
                 "type": source.facts.rope_type,
                 "table": choice.variant.rope_table,
@@ -142,6 +152,8 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "biases": {"option": config.biases, "kl": choice.bias_kl},
             "engines": exported.get("engines", {"transformers": True}),
             "needs_healing": needs_healing,
+            "match": matched
+            and {"tokens": matched.tokens, "held_out_kl": matched.held_out_kl, "kept": matched.is_kept},
             "output": str(config.output),
             "stages": stages.seconds,
             "peak_memory_bytes": peak_memory(device),
@@ -250,6 +262,58 @@ def _factor(
         rows.append(read_json(row_path))
         advance()
     return lambda layer_idx: LatentLayer.load(workspace.path(folder, layer_file(layer_idx))), rows
+
+
+def _match(
+    stack: LayerStack,
+    config: ConvertConfig,
+    layers: Callable[[int], LatentLayer],
+    choice: Choice,
+    blocks: TokenBlocks,
+    workspace: Workspace,
+) -> tuple[Callable[[int], LatentLayer], Matched]:
+    """Train every layer towards the original's stream; what diverges less on held-out text is kept."""
+    console = terminal.current()
+    tokens_BL = matching_text(stack, config, blocks, workspace, console)
+    matching = Matching(steps=config.match_steps, seed=config.seed)
+    depends_on = [
+        *(choice.label, choice.ranks, config.damping, stack.source.fingerprint(), blocks.content_hash)
+    ]
+    title = f"Matching the original's stream, {config.match_steps} steps a layer"
+    with console.progress(title, stack.num_layers) as progress:
+        trained, errors = match_layers(
+            stack,
+            layers,
+            tokens_BL,
+            workspace,
+            matching,
+            depends_on=depends_on,
+            advance=lambda row: progress.advance(
+                text=f"error {row['error_before']:.2g} to {row['error_after']:.2g}"
+            ),
+        )
+    with console.progress("Measuring on held-out text", stack.num_layers + 1) as progress:
+        both = {"before": layers, "after": trained}
+        _, measured = measure(stack, both, blocks.held_out_BL[:1], progress.advance)
+    kl = {name: found.mean_kl for name, found in measured.items()}
+    is_kept = kl["after"] < kl["before"]
+    if not is_kept:
+        console.warn(
+            f"block matching did not lower the divergence on held-out text (KL {kl['before']:.4f} before, "
+            f"{kl['after']:.4f} after), so the layers stay as they were factored. Give it more text: "
+            "--match-tokens N"
+        )
+    matched = Matched(tokens=tokens_BL.numel(), errors=errors, held_out_kl=kl, is_kept=is_kept)
+    return trained if is_kept else layers, matched
+
+
+class Matched(NamedTuple):
+    """What block matching did: the errors of every layer, and KL to the original before and after."""
+
+    tokens: int
+    errors: list[dict[str, float]]
+    held_out_kl: dict[str, float]
+    is_kept: bool
 
 
 class Stages:

@@ -21,6 +21,7 @@ from care_mla.facts import ModelFacts
 from care_mla.families.effects import check_effects
 from care_mla.families.rope_scaling import switches_table
 from care_mla.forms import check_form, needs_healing
+from care_mla.matching_plan import MatchingCost, matching_cost
 from care_mla.profiles import as_converted, check_profile
 
 GIB = 2**30
@@ -194,6 +195,7 @@ def plan(
     writes_head = config.profile == "vllm" and facts.tie_word_embeddings
     head = facts.vocab_size * facts.hidden_size if writes_head else 0
     kind = "cpu" if device.startswith("cpu") else "cuda"
+    matching = _matching(facts, config, out_dims, tokens) if config.match_steps else None
     return Plan(
         form=config.form,
         method=config.method,
@@ -211,16 +213,19 @@ def plan(
         memory={
             **_memory(facts, spooled.nbytes // (facts.num_hidden_layers + 1), length, gamma_length),
             "whole model, to write and to verify": _whole_model_bytes(
-                facts, tokens, is_self=config.calibration == "self"
+                facts, max(tokens, config.match_tokens or 0), is_self=config.calibration == "self"
             ),
+            **({"block matching": matching.memory} if matching else {}),
         },
         disk={
             "layer inputs": spooled.nbytes,
             "statistics": facts.num_hidden_layers * _statistics_bytes(facts),
             "factors": facts.num_hidden_layers * 4 * _attention_parameters(facts, config.form, out_dims),
+            **({"matched layers": matching.layers, "streams to match": matching.streams} if matching else {}),
             "output": (converted_parameters + head) * DTYPE_BYTES[dtype],
         },
-        flops=_flops(facts, tokens, length, gamma_length, is_self=config.calibration == "self"),
+        flops=_flops(facts, tokens, length, gamma_length, is_self=config.calibration == "self")
+        + (matching.flops if matching else 0.0),
         flops_per_second=flops_per_second or ASSUMED_FLOPS[kind],
         warnings=_warnings(facts, tokens, gamma_length),
         needs_healing=needs_healing(facts, config.form),
@@ -233,6 +238,19 @@ def parameter_count(facts: ModelFacts, form: Form | None = None, dims: Dims | No
     norms = (2 * facts.num_hidden_layers + 1) * facts.hidden_size
     mlps = sum(_mlp_parameters(facts, layer_idx) for layer_idx in range(facts.num_hidden_layers))
     return embeddings + norms + facts.num_hidden_layers * _attention_parameters(facts, form, dims) + mlps
+
+
+def _matching(facts: ModelFacts, config: PlanConfig, dims: Dims, tokens: int) -> MatchingCost:
+    layers = range(facts.num_hidden_layers)
+    return matching_cost(
+        facts,
+        config,
+        tokens=config.match_tokens or tokens,
+        batch_tokens=MICRO_BATCH_TOKENS,
+        original=_attention_parameters(facts),
+        converted=_attention_parameters(facts, config.form, dims),
+        mlp=max(_mlp_parameters(facts, layer_idx, only_used=True) for layer_idx in layers),
+    )
 
 
 def _mlp_parameters(facts: ModelFacts, layer_idx: int, *, only_used: bool = False) -> int:

@@ -25,6 +25,7 @@ BASE = {
     "factors",
     "forms",
     "budget",
+    "matching_plan",
     "serving",
     "device",
     "routers",

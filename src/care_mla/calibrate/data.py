@@ -44,17 +44,41 @@ class CalibrationOptions(Protocol):
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Tokens of one block for each use, and how many blocks the statistics get."""
+    """Tokens for the statistics, of one block for each use, and how many blocks the statistics get."""
 
+    tokens: int
     short: int
     num_short: int
     long: int
     held_out: int
 
+    @classmethod
+    def of(cls, source: Source, tokens: int, sequence_length: int, rotation_length: int) -> _Lengths:
+        """For so many tokens in blocks of `sequence_length`."""
+        positions = source.facts.max_position_embeddings
+        assert tokens >= sequence_length, (tokens, sequence_length)
+        return cls(
+            tokens=tokens,
+            short=sequence_length,
+            num_short=tokens // sequence_length,
+            long=min(rotation_length, positions),
+            held_out=min(HELD_OUT_LENGTH, positions),
+        )
+
+    @property
+    def needed(self) -> int:
+        """Tokens of text to read."""
+        return 2 * max(self.tokens, self.long) + HELD_OUT_BLOCKS * self.held_out
+
     @property
     def num_long(self) -> int:
         """As many tokens as the statistics have."""
         return max(1, self.num_short * self.short // self.long)
+
+    @property
+    def num_written(self) -> int:
+        """Sequences that the model writes itself: for the statistics, and to be held out."""
+        return self.num_short + -(-HELD_OUT_BLOCKS * self.held_out // self.short)
 
 
 @dataclass(frozen=True)
@@ -99,18 +123,10 @@ def prepare_tokens(
         CalibrationError: the text cannot be read or is too short, or the model is too large to write it.
         ResumeError: the work folder holds tokens of another run.
     """
-    positions = source.facts.max_position_embeddings
-    lengths = _Lengths(
-        short=sequence_length,
-        num_short=tokens // sequence_length,
-        long=min(rotation_length, positions),
-        held_out=min(HELD_OUT_LENGTH, positions),
-    )
-    assert lengths.num_short > 0, (tokens, sequence_length)
+    lengths = _Lengths.of(source, tokens, sequence_length, rotation_length)
     text = None
     if config.calibration != SELF:
-        needed = 2 * max(tokens, lengths.long) + HELD_OUT_BLOCKS * lengths.held_out
-        text = read_text(config.calibration, tokens=needed)
+        text = read_text(config.calibration, tokens=lengths.needed)
         _warn_of_test_set(text.name, console)
     elif not whole_model_fits:
         raise too_large_to_write(source)
@@ -183,24 +199,45 @@ def _sample_blocks(
     A small model loses its thread in long texts of its own, so the long blocks are short ones joined. The
     last one may lack a rest of them that fills no block.
     """
-    from care_mla.calibrate.sample import TEMPERATURE, load_model, sample_sequences
+    from care_mla.calibrate.sample import TEMPERATURE
+
+    num_extra = lengths.num_written - lengths.num_short
+    start_token = _start_token(source, console)
+    written = range(lengths.num_written)
+    sequences_BL = _write_text(source, seed, start_token, written, lengths.short, device, console)
+    short_BL, extra_BL = sequences_BL.split([lengths.num_short, num_extra])
+    description = (
+        f"{lengths.num_short} sequences of {lengths.short} tokens that the model wrote itself (temperature "
+        f"{TEMPERATURE}, from token {start_token}, seed {seed})"
+    )
+    long_BL = _pack(short_BL, min(lengths.long, short_BL.numel()))
+    return _token_blocks(short_BL, long_BL, _pack(extra_BL, lengths.held_out), description)
+
+
+def _write_text(
+    source: Source,
+    seed: int,
+    start_token: int,
+    sequences: range,
+    length: int,
+    device: torch.device,
+    console: Console,
+) -> Tensor:
+    """The sequences of these indices that the model writes itself, (B, L)."""
+    from care_mla.calibrate.sample import load_model, sample_sequences
 
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, source.facts.dtype)
-    length = lengths.short
-    num_extra = -(-HELD_OUT_BLOCKS * lengths.held_out // length)
-    num_sequences = lengths.num_short + num_extra
     cache_bytes = length * source.facts.num_hidden_layers * source.facts.cached_values * dtype.itemsize
     batch = max(1, SAMPLING_CACHE_BYTES // cache_bytes)
-    starts = range(0, num_sequences, batch)
-    start_token = _start_token(source, console)
+    starts = range(sequences.start, sequences.stop, batch)
     model = load_model(source, device=device, dtype=dtype)
     with console.progress("The model writes its calibration text", len(starts) * (length - 1)) as progress:
-        sequences_BL = torch.cat(
+        return torch.cat(
             [
                 sample_sequences(
                     model,
                     start_token=start_token,
-                    num_sequences=min(batch, num_sequences - start),
+                    num_sequences=min(batch, sequences.stop - start),
                     length=length,
                     seed=seed,
                     first_sequence=start,
@@ -209,13 +246,6 @@ def _sample_blocks(
                 for start in starts
             ]
         )
-    short_BL, extra_BL = sequences_BL.split([lengths.num_short, num_extra])
-    description = (
-        f"{lengths.num_short} sequences of {length} tokens that the model wrote itself (temperature "
-        f"{TEMPERATURE}, from token {start_token}, seed {seed})"
-    )
-    long_BL = _pack(short_BL, min(lengths.long, short_BL.numel()))
-    return _token_blocks(short_BL, long_BL, _pack(extra_BL, lengths.held_out), description)
 
 
 def _start_token(source: Source, console: Console) -> int:
@@ -226,6 +256,48 @@ def _start_token(source: Source, console: Console) -> int:
             return first
     console.note(f"{source.name} names no bos_token_id and no eos_token_id: its text starts from token 0.")
     return 0
+
+
+def more_tokens(
+    source: Source,
+    config: CalibrationOptions,
+    count: int,
+    *,
+    tokens: int,
+    sequence_length: int,
+    rotation_length: int,
+    device: torch.device,
+    console: Console,
+) -> Tensor:
+    """About `count` tokens (T,): written anew, or from all of the file but what is held out.
+
+    Args:
+        tokens: as `prepare_tokens` was given it; likewise `sequence_length` and `rotation_length`.
+
+    Raises:
+        CalibrationError: the text has fewer.
+    """
+    lengths = _Lengths.of(source, tokens, sequence_length, rotation_length)
+    if config.calibration == SELF:
+        sequences = range(lengths.num_written, lengths.num_written - (-count // lengths.short))
+        start_token = _start_token(source, console)
+        written_BL = _write_text(source, config.seed, start_token, sequences, lengths.short, device, console)
+        return written_BL.flatten()[:count]
+    text = read_text(config.calibration, tokens=lengths.needed)
+    tokens_T = _tokenize(source, text)
+    held_out, long, short = _shares(len(tokens_T), text.name, lengths)
+    is_free_T = torch.ones_like(tokens_T, dtype=torch.bool)
+    for taken in cut_runs(torch.arange(len(tokens_T)), held_out + long + short, config.seed)[: len(held_out)]:
+        is_free_T[taken] = False
+    free_T = tokens_T[is_free_T]
+    if len(free_T) < count:
+        raise CalibrationError(
+            f"--calibration {text.name} has {len(free_T):,} tokens that are not held out, and --match-tokens "
+            f"asks for {count:,}. Nothing is repeated, so give more text, or --match-tokens {len(free_T)}"
+        )
+    return torch.cat(
+        cut_runs(free_T, [min(lengths.short, count)] * (count // lengths.short or 1), config.seed)
+    )
 
 
 def _tokenize(source: Source, text: Text) -> Tensor:

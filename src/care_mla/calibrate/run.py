@@ -9,16 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from care_mla.calibrate.data import SELF, TokenBlocks, prepare_tokens, too_large_to_write
 from care_mla.calibrate.layers import LayerStack
+from care_mla.calibrate.matching_text import matching_blocks
 from care_mla.calibrate.stream import collect_rotation, collect_statistics, whole_micro_batches
 from care_mla.plan import machine_memory, parameter_count, resolve_calibration, rotation_length, spool
 from care_mla.workspace import Workspace
 
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
-    from care_mla.configs import CalibrationConfig
+    from care_mla.configs import CalibrationConfig, PlanConfig
     from care_mla.console import Console
 
 # The whole model in float32, with what sampling caches, must leave room for the rest of the machine.
@@ -86,3 +88,27 @@ def calibrate(
             advance=progress.advance,
         )
     return blocks
+
+
+def matching_text(
+    stack: LayerStack, config: PlanConfig, blocks: TokenBlocks, workspace: Workspace, console: Console
+) -> Tensor:
+    """Token ids for block matching, (B, L).
+
+    Raises:
+        CalibrationError: --match-tokens asks for more than the text has.
+    """
+    source, device = stack.source, stack.device
+    tokens, length = resolve_calibration(source.facts, config, device=device.type)
+    return matching_blocks(
+        source,
+        config,
+        workspace,
+        blocks,
+        config.match_tokens or tokens,
+        tokens=tokens,
+        sequence_length=length,
+        rotation_length=rotation_length(source.facts, _memory(device)),
+        device=device,
+        console=console,
+    )

@@ -195,7 +195,7 @@ def attention_tensors(
     Args:
         layer: decoupled.
         input_norm_D: weight of `input_layernorm`, which bounds the latent.
-        o_weight_DO: the source's output projection; likewise `o_bias_D`.
+        o_weight_DO: the source's output projection, for a layer without its own; `o_bias_D`: its bias.
         has_bias: whether the configuration says `attention_bias`; tensors without one get zeros.
         has_query_bias: whether queries take the way through [x ; 1], which alone gives them a bias.
         stream_scale: of the residual stream (residual.py).
@@ -207,6 +207,7 @@ def attention_tensors(
     heads, value = len(layer.q_rope_NPD), layer.up_v_GHR.shape[1]
     head_dim = o_weight_DO.shape[1] // heads
     # Values may be wider than the source's, in zeros, for engines' sake (vllm.py).
+    o_weight_DO = layer.output_weight(o_weight_DO)
     o_weight_DO = pad(o_weight_DO.unflatten(1, (heads, head_dim)), (0, value - head_dim)).flatten(1)
     norm = latent_norm(layer.down_RD, input_norm_D)
     up_GKR = torch.cat((layer.up_k_GMR, layer.up_v_GHR), dim=1) * norm.up_scale

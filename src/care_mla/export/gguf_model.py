@@ -267,18 +267,20 @@ def _tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the file by its name, in the order of `_shapes`."""
 
-    def scaled(name: str) -> tuple[str, Tensor]:
+    def scaled(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         # A power of two: exact in every dtype, so nothing need be widened.
-        return _gguf_name(name), source.tensor(name) * residual_factor(name, source.facts, scale)
+        return _gguf_name(name), tensor * residual_factor(name, source.facts, scale)
 
     for name in _outside(source):
-        yield scaled(name)
+        yield scaled(name, source.tensor(name))
     for layer_idx in range(source.facts.num_hidden_layers):
+        layer = layers(layer_idx)
         for name in _inside(source, layer_idx):
-            yield scaled(name)
+            is_output = name.endswith("o_proj.weight")
+            tensor = layer.output_weight(source.tensor(name)) if is_output else source.tensor(name)
+            yield scaled(name, tensor)
         yield from expert_tensors(source, layer_idx)
         norm_D = source.tensor(f"model.layers.{layer_idx}.input_layernorm.weight")
-        layer = layers(layer_idx)
         rope = layer_rope(source.facts, layer, layer_idx)
         tensors, _ = attention_tensors(scaled_queries(layer, rope.query_scale), norm_D, eps)
         for module, tensor in tensors.items():

@@ -77,7 +77,7 @@ def write_latent_checkpoint(
         prefix = f"model.layers.{layer_idx}.self_attn."
         layer = layers(layer_idx)
         o_bias = source.tensor(f"{prefix}o_proj.bias").to(dtype) if facts.o_bias else None
-        o_weight_DO = source.tensor(f"{prefix}o_proj.weight").to(dtype)
+        o_weight_DO = layer.output_weight(source.tensor(f"{prefix}o_proj.weight")).to(dtype)
         for name, tensor in attention_state_dict(layer, o_weight_DO, o_bias).items():
             writer.add(prefix + name, tensor)
         dims.append(LatentDims.of(layer))

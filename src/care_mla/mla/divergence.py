@@ -72,12 +72,14 @@ def measure(
 
 
 def stand_in(stack: LayerStack, layer_idx: int, latent: LatentLayer, original: nn.Module) -> nn.Module:
-    """Latent attention with the original's output projection, to be put in place of `self_attn`."""
+    """Latent attention in place of `self_attn`; its output projection is the original's or its own."""
     facts = stack.source.facts
     config = latent_config(facts, [LatentDims.of(latent)] * facts.num_hidden_layers)
     output = original.get_submodule("o_proj")
     assert isinstance(output, nn.Linear)
-    return attention_module(config, layer_idx, latent.to(stack.device), output.weight, output.bias)
+    latent = latent.to(stack.device)
+    weight_DO = latent.output_weight(output.weight).to(output.weight)
+    return attention_module(config, layer_idx, latent, weight_DO, output.bias)
 
 
 def _run(stack: LayerStack, layer: nn.Module, x_BLD: Tensor) -> Tensor:

@@ -199,6 +199,8 @@ class Reference:
         if latent is None:
             q_BNLK, k_BGTK, v_BGTH = original_projections(self.facts, weights, x_BLD, positions_L)
         else:
+            name = "self_attn.o_proj.weight"
+            weights = weights | {name: latent.output_weight(weights[name])}
             q_BNLK, k_BGTK, v_BGTH = latent_projections(
                 latent, x_BLD, positions_L, eps=self.facts.rms_norm_eps
             )

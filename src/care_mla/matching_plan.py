@@ -1,0 +1,64 @@
+"""What block matching needs: memory, disk and operations. Arithmetic alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from care_mla.configs import PlanConfig
+from care_mla.errors import OptionError
+from care_mla.facts import ModelFacts
+
+GIB = 2**30
+
+
+class MatchingCost(NamedTuple):
+    """Bytes of memory, bytes on disk, and operations."""
+
+    memory: int
+    streams: int
+    layers: int
+    flops: float
+
+
+def matching_cost(
+    facts: ModelFacts,
+    config: PlanConfig,
+    *,
+    tokens: int,
+    batch_tokens: int,
+    original: int,
+    converted: int,
+    mlp: int,
+) -> MatchingCost:
+    """Cost of matching every layer.
+
+    Args:
+        tokens: that it trains on.
+        batch_tokens: of one step.
+        original: weights of one layer's attention in the source; likewise `converted`, and of its MLP `mlp`,
+            those that a token uses.
+
+    Raises:
+        OptionError: the two streams of all tokens do not stay within the spool budget.
+    """
+    # One batch at the next layer's input may be there before its file at this layer's is removed.
+    stream = 2 * 4 * facts.hidden_size
+    streams = stream * (tokens + min(tokens, batch_tokens))
+    if streams > config.max_spool_gib * GIB:
+        most = int(config.max_spool_gib * GIB) // stream - batch_tokens
+        instead = f"--match-tokens {most}, or " if most >= batch_tokens else ""
+        raise OptionError(
+            f"--max-spool-gib {config.max_spool_gib} does not hold the hidden states of {tokens:,} tokens "
+            f"twice, of the original and of the converted model, which --match-steps needs. Try {instead}"
+            f"--max-spool-gib {-(-streams * 100 // GIB) / 100}"
+        )
+    # Forward and backward cost three times two operations per weight; the target costs one forward pass.
+    step = batch_tokens * (6.0 * converted + 2.0 * original)
+    sweep = tokens * 2.0 * (original + converted + 2 * mlp)
+    return MatchingCost(
+        # Weights, scales, moves, their gradients, Adam's two moments, and the weights moved.
+        memory=4 * 7 * converted + 3 * stream * batch_tokens,
+        streams=streams,
+        layers=facts.num_hidden_layers * 4 * converted,
+        flops=facts.num_hidden_layers * (config.match_steps * step + sweep),
+    )
