@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from care_mla.decoupled_options import DecoupledOptions
 from care_mla.errors import OptionError
+from care_mla.matching_options import MatchingOptions
 
 Form = Literal["decoupled", "exact-rope", "partial-rope"]
 Allocation = Literal["uniform", "greedy", "care-eq1", "care-code", "auto"]
@@ -152,7 +153,7 @@ class CalibrationConfig(RankConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(DecoupledOptions, CommonConfig, CalibrationConfig):
+class PlanConfig(MatchingOptions, DecoupledOptions, CommonConfig, CalibrationConfig):
     """Memory, disk, tokens, time and cached values of a conversion: arithmetic only, nothing is written."""
 
     form: Form = "decoupled"
@@ -162,11 +163,6 @@ class PlanConfig(DecoupledOptions, CommonConfig, CalibrationConfig):
     profile: Profile | None = None
     """deepseek-v3: stock engines load it. vllm: and its kernels. mistral4, deepseek-v2: the
     same for mixtures of experts. care: our own class. None: a stock one if it can be."""
-    match_steps: int = 0
-    """Steps of training for each converted attention, layer by layer, so that the stream after it is the
-    original's again. 0: none; 40 take minutes on a CPU for a small model."""
-    match_tokens: int | None = None
-    """Tokens that --match-steps trains on, of the same text. None: as many as --calibration-tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,13 +172,7 @@ class PlanConfig(DecoupledOptions, CommonConfig, CalibrationConfig):
         _check_method(self.method, self.form)
         self._check_allocation()
         self.check_decoupled(self.form, self.method)
-        _at_least("--match-steps", self.match_steps, 0)
-        _at_least("--match-tokens", self.match_tokens, 2)
-        if self.match_tokens is not None and self.match_steps == 0:
-            raise OptionError(
-                f"--match-tokens {self.match_tokens} has no effect without --match-steps. Add "
-                "--match-steps 40, or leave it out."
-            )
+        self.check_matching()
         if self.form == "exact-rope" and self.qk_rope_head_dim is not None:
             raise OptionError(
                 f"--qk-rope-head-dim {self.qk_rope_head_dim} has no effect with --form exact-rope, which "

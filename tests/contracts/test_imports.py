@@ -19,6 +19,7 @@ BASE = {
     "facts",
     "configs",
     "export_config",
+    "heal_config",
     "recipe",
     "workspace",
     "console",
@@ -32,6 +33,7 @@ BASE = {
     "versions",
     "engines",
     "decoupled_options",
+    "matching_options",
 }
 STEPS = [
     *("families", "profiles", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
