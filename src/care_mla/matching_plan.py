@@ -9,6 +9,7 @@ from care_mla.errors import OptionError
 from care_mla.facts import ModelFacts
 
 GIB = 2**30
+MATCHING_BATCH_TOKENS = 1024  # of a step of training, in whole sequences
 
 
 class MatchingCost(NamedTuple):
@@ -25,7 +26,6 @@ def matching_cost(
     config: PlanConfig,
     *,
     tokens: int,
-    batch_tokens: int,
     original: int,
     converted: int,
     mlp: int,
@@ -34,16 +34,16 @@ def matching_cost(
 
     Args:
         tokens: that it trains on.
-        batch_tokens: of one step.
         original: weights of one layer's attention in the source; likewise `converted`, and of its MLP `mlp`,
             those that a token uses.
 
     Raises:
         OptionError: the two streams of all tokens do not stay within the spool budget.
     """
+    batch_tokens = min(tokens, MATCHING_BATCH_TOKENS)
     # One batch at the next layer's input may be there before its file at this layer's is removed.
     stream = 2 * 4 * facts.hidden_size
-    streams = stream * (tokens + min(tokens, batch_tokens))
+    streams = stream * (tokens + batch_tokens)
     if streams > config.max_spool_gib * GIB:
         most = int(config.max_spool_gib * GIB) // stream - batch_tokens
         instead = f"--match-tokens {most}, or " if most >= batch_tokens else ""

@@ -246,7 +246,6 @@ def _matching(facts: ModelFacts, config: PlanConfig, dims: Dims, tokens: int) ->
         facts,
         config,
         tokens=config.match_tokens or tokens,
-        batch_tokens=MICRO_BATCH_TOKENS,
         original=_attention_parameters(facts),
         converted=_attention_parameters(facts, config.form, dims),
         mlp=max(_mlp_parameters(facts, layer_idx, only_used=True) for layer_idx in layers),

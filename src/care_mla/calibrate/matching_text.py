@@ -18,7 +18,7 @@ from care_mla.workspace import Workspace, fingerprint, save_tensors
 if TYPE_CHECKING:
     from care_mla.checkpoint.source import Source
 
-MATCHING_LENGTH = 1024  # short blocks are joined up to here: what a conversion loses grows with length
+MATCHING_LENGTH = 512  # short blocks are joined up to here: what a conversion loses grows with length
 
 
 def matching_blocks(

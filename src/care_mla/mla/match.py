@@ -24,14 +24,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from care_mla.calibrate.layers import LayerStack
-from care_mla.calibrate.stream import micro_batches
 from care_mla.factors import LatentLayer
 from care_mla.mla.divergence import Candidate, stand_in
 from care_mla.mla.mapping import attention_state_dict
+from care_mla.matching_plan import MATCHING_BATCH_TOKENS
 from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, save_tensors, write_json
 
 # Of a step, as a share of the root mean square of the weights that it moves; falls linearly to 0.
-LEARNING_RATE = 0.002
+LEARNING_RATE = 0.003
 BETAS = (0.9, 0.95)
 # Of the batches, one in so many is held out: whether a layer is better is judged on those.
 HELD_OUT_SHARE = 8
@@ -102,12 +102,13 @@ def match_layers(
     """
     name = f"match_{fingerprint([depends_on, vars(matching), tokens_BL.tolist()])}"
     paths = [workspace.path(name, layer_file(i)) for i in range(stack.num_layers)]
-    parts = micro_batches(tokens_BL[..., None])
+    # Every token is a regression on D numbers, so small batches have little noise.
+    parts = tokens_BL.split(max(1, MATCHING_BATCH_TOKENS // tokens_BL.shape[1]))
     batches = [Batch(workspace.path(name, "streams"), i, stack.device) for i in range(len(parts))]
     if not _row_path(paths[-1]).exists():
         for batch, part in zip(batches, parts, strict=True):
             if batch.reached(stack.num_layers) is None:
-                x_BLD = stack.embed(tokens_BL[part])
+                x_BLD = stack.embed(part)
                 batch.save(0, x_BLD, x_BLD.clone())
         for layer_idx, path in enumerate(paths):
             if min(batch.reached(stack.num_layers) or 0 for batch in batches) <= layer_idx:
