@@ -152,8 +152,6 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "biases": {"option": config.biases, "kl": choice.bias_kl},
             "engines": exported.get("engines", {"transformers": True}),
             "needs_healing": needs_healing,
-            "match": matched
-            and {"tokens": matched.tokens, "held_out_kl": matched.held_out_kl, "kept": matched.is_kept},
             "output": str(config.output),
             "stages": stages.seconds,
             "peak_memory_bytes": peak_memory(device),
@@ -161,6 +159,12 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "layers": layer_rows,
             "verify": verdict,
         }
+        if matched is not None:
+            result["match"] = {
+                "tokens": matched.tokens,
+                "held_out_kl": matched.held_out_kl,
+                "kept": matched.is_kept,
+            }
         hashes = {"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash}
         write_card(folder, _card(config, source, result, recipe, hashes))
     return result

@@ -36,10 +36,11 @@ CALIBRATION = (
     "model budget kv_lora_rank qk_rope_head_dim allocation dtype recipe calibration calibration_tokens "
     "sequence_length work max_spool_gib damping seed device trust_remote_code quiet json"
 )
+MATCHING = "match_steps match_tokens"
 OPTIONS = {
     "inspect": "quiet json model",
-    "plan": f"{CALIBRATION} rope_table biases form method profile",
-    "convert": f"{CALIBRATION} rope_table biases form method profile output overwrite",
+    "plan": f"{CALIBRATION} rope_table biases {MATCHING} form method profile",
+    "convert": f"{CALIBRATION} rope_table biases {MATCHING} form method profile output overwrite",
     "compare": f"{CALIBRATION} methods form perplexity block max_tokens",
     "evaluate": "quiet json models perplexity block max_tokens device trust_remote_code",
     "export": "quiet json model output profile quantization kv_lora_rank overwrite",

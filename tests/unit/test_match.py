@@ -20,7 +20,6 @@ from torch.testing import assert_close
 
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.stream import collect_rotation, collect_statistics
-from care_mla.checkpoint.opening import open_source
 from care_mla.decompose.layer_inputs import CalibratedLayers
 from care_mla.decompose.methods import Variant
 from care_mla.factors import LatentLayer
@@ -63,15 +62,11 @@ def layers_of(
     """Factored layers of a model, calibrated on a few random tokens."""
     workspace = Workspace(folder)
     collect_rotation(stack, text(2, 128, seed=1), workspace, lambda: None)
-    collect_statistics(
-        stack, text(32, 32), workspace, seed=3, chunk_blocks=100, advance=lambda: None
-    )
+    collect_statistics(stack, text(32, 32), workspace, seed=3, chunk_blocks=100, advance=lambda: None)
     inputs = CalibratedLayers(
         stack.source, workspace, stack.inv_freq_F, damping=0.01, device=torch.device("cpu")
     )
-    variant = Variant(
-        method=method, form=form, kv_lora_rank=rank, qk_rope_head_dim=width, freqfold=None
-    )
+    variant = Variant(method=method, form=form, kv_lora_rank=rank, qk_rope_head_dim=width, freqfold=None)
     layer = spread(variant, "uniform", stack.num_layers).layer(inputs)
     return lambda layer_idx: layer(layer_idx).to("cpu", torch.float32)
 
@@ -216,9 +211,7 @@ def test_other_options_are_other_files(tmp_path: Path) -> None:
     stack = open_stack(pico_model(tmp_path / "model"))
     layers = layers_of(stack, tmp_path / "work", "decoupled", "fisher", 24, 8)
     for matching in (STEPS, replace(STEPS, steps=3), replace(STEPS, seed=1)):
-        match_layers(
-            stack, layers, tokens(8, 32), Workspace(tmp_path / "work"), matching, depends_on=0
-        )
+        match_layers(stack, layers, tokens(8, 32), Workspace(tmp_path / "work"), matching, depends_on=0)
     assert len(list((tmp_path / "work").glob("match_*"))) == 3
 
 

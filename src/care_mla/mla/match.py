@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from care_mla.calibrate.layers import LayerStack
 from care_mla.factors import LatentLayer
+from care_mla.matching_plan import MATCHING_BATCH_TOKENS
 from care_mla.mla.divergence import Candidate, stand_in
 from care_mla.mla.mapping import attention_state_dict
-from care_mla.matching_plan import MATCHING_BATCH_TOKENS
 from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, save_tensors, write_json
 
 # Of a step, as a share of the root mean square of the weights that it moves; falls linearly to 0.
