@@ -9,7 +9,9 @@ from care_mla.errors import OptionError
 from care_mla.facts import ModelFacts
 
 GIB = 2**30
-MATCHING_BATCH_TOKENS = 1024  # of a step of training, in whole sequences
+MATCHING_BATCH_TOKENS = 512  # of a step of training, in whole sequences
+# Of the sequences, one in so many is held out from training: whether a layer is better is judged on those.
+HELD_OUT_SHARE = 16
 
 
 class MatchingCost(NamedTuple):
@@ -40,24 +42,24 @@ def matching_cost(
     Raises:
         OptionError: the two streams of all tokens do not stay within the spool budget.
     """
-    batch_tokens = min(tokens, MATCHING_BATCH_TOKENS)
-    # One batch at the next layer's input may be there before its file at this layer's is removed.
-    stream = 2 * 4 * facts.hidden_size
-    streams = stream * (tokens + batch_tokens)
+    # The next layer's input is written before this layer's is removed.
+    stream = 4 * facts.hidden_size
+    streams = 2 * 2 * stream * tokens
     if streams > config.max_spool_gib * GIB:
-        most = int(config.max_spool_gib * GIB) // stream - batch_tokens
-        instead = f"--match-tokens {most}, or " if most >= batch_tokens else ""
+        most = int(config.max_spool_gib * GIB) // (4 * stream)
+        instead = f"--match-tokens {most}, or " if most >= MATCHING_BATCH_TOKENS else ""
         raise OptionError(
-            f"--max-spool-gib {config.max_spool_gib} does not hold the hidden states of {tokens:,} tokens "
-            f"twice, of the original and of the converted model, which --match-steps needs. Try {instead}"
-            f"--max-spool-gib {-(-streams * 100 // GIB) / 100}"
+            f"--max-spool-gib {config.max_spool_gib} does not hold the hidden states of {tokens:,} tokens at "
+            "two layers, of the original and of the converted model, which --match-steps needs. Try "
+            f"{instead}--max-spool-gib {-(-streams * 100 // GIB) / 100}"
         )
-    # Forward and backward cost three times two operations per weight; the target costs one forward pass.
-    step = batch_tokens * (6.0 * converted + 2.0 * original)
+    batch_tokens = min(tokens, MATCHING_BATCH_TOKENS)
+    # Forward and backward cost three times two operations per weight; what is matched costs one forward pass.
+    step = 6.0 * batch_tokens * converted
     sweep = tokens * 2.0 * (original + converted + 2 * mlp)
     return MatchingCost(
         # Weights, scales, moves, their gradients, Adam's two moments, and the weights moved.
-        memory=4 * 7 * converted + 3 * stream * batch_tokens,
+        memory=4 * 7 * converted + 4 * stream * tokens,
         streams=streams,
         layers=facts.num_hidden_layers * 4 * converted,
         flops=facts.num_hidden_layers * (config.match_steps * step + sweep),

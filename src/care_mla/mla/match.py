@@ -3,29 +3,31 @@
 Layer by layer in order, the original and the converted stream go up the model side by side. A layer's
 attention is given the converted stream, as the matched layers below leave it, and is trained so that the
 stream after it equals the original's there; so it makes up for the errors below as well as for its own. One
-layer is in memory at a time; the streams lie in the work folder, one file for each batch of sequences.
+layer is in memory at a time, and both streams of all tokens.
 
 Reads the factored layers and token blocks; writes `match_…/layer_000.safetensors` and what became of the
-error. A killed run goes on at the layer and batch where it was and gives the same bytes, since a file is
-complete or absent and nothing random outlives a layer.
+error. A killed run goes on at the layer where it was and gives the same bytes, since a file is complete or
+absent and nothing random outlives a layer.
 """
 # Shapes: B sequences, L positions, D hidden_size, R kv_lora_rank, X any axes.
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from care_mla.calibrate.layers import LayerStack
+from care_mla.calibrate.stream import micro_batches
+from care_mla.device import has_fast_bfloat16
 from care_mla.factors import LatentLayer
-from care_mla.matching_plan import MATCHING_BATCH_TOKENS
+from care_mla.matching_plan import HELD_OUT_SHARE, MATCHING_BATCH_TOKENS
 from care_mla.mla.divergence import Candidate, stand_in
 from care_mla.mla.mapping import attention_state_dict
 from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, save_tensors, write_json
@@ -33,8 +35,6 @@ from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, sa
 # Of a step, as a share of the root mean square of the weights that it moves; falls linearly to 0.
 LEARNING_RATE = 0.003
 BETAS = (0.9, 0.95)
-# Of the batches, one in so many is held out: whether a layer is better is judged on those.
-HELD_OUT_SHARE = 8
 # What a weight's scale is taken over; the latent's channels may differ in scale by orders of magnitude.
 SCALE_AXES: dict[str, tuple[int, ...]] = {
     "down_RD": (1,),
@@ -56,30 +56,11 @@ class Matching:
     learning_rate: float = LEARNING_RATE
 
 
-class Batch:
-    """The two streams of one batch of sequences, in a file of its own, at the input of some layer."""
+class Streams(NamedTuple):
+    """The original's residual stream and the converted model's at the same place, each (B, L, D)."""
 
-    def __init__(self, folder: Path, index: int, device: torch.device) -> None:
-        self.folder = folder
-        self.index = index
-        self.device = device
-
-    def path(self, layer_idx: int) -> Path:
-        return self.folder / f"batch_{self.index:05}_layer_{layer_idx:03}.safetensors"
-
-    def load(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """(original, converted) streams at the layer's input, each (B, L, D)."""
-        streams = load_file(self.path(layer_idx), device=str(self.device))
-        return streams["original"], streams["converted"]
-
-    def save(self, layer_idx: int, original_BLD: Tensor, converted_BLD: Tensor) -> None:
-        """Write the streams at the layer's input; those below it are no longer needed."""
-        save_tensors(self.path(layer_idx), {"original": original_BLD, "converted": converted_BLD})
-        self.path(layer_idx - 1).unlink(missing_ok=True)
-
-    def reached(self, num_layers: int) -> int | None:
-        """The highest layer whose input is there; None: no layer's is."""
-        return max((i for i in range(num_layers) if self.path(i).exists()), default=None)
+    original_BLD: Tensor
+    converted_BLD: Tensor
 
 
 def match_layers(
@@ -102,37 +83,59 @@ def match_layers(
     """
     name = f"match_{fingerprint([depends_on, vars(matching), tokens_BL.tolist()])}"
     paths = [workspace.path(name, layer_file(i)) for i in range(stack.num_layers)]
-    # Every token is a regression on D numbers, so small batches have little noise.
-    parts = tokens_BL.split(max(1, MATCHING_BATCH_TOKENS // tokens_BL.shape[1]))
-    batches = [Batch(workspace.path(name, "streams"), i, stack.device) for i in range(len(parts))]
-    if not _row_path(paths[-1]).exists():
-        for batch, part in zip(batches, parts, strict=True):
-            if batch.reached(stack.num_layers) is None:
-                x_BLD = stack.embed(part)
-                batch.save(0, x_BLD, x_BLD.clone())
-        for layer_idx, path in enumerate(paths):
-            if min(batch.reached(stack.num_layers) or 0 for batch in batches) <= layer_idx:
-                with stack.layer(layer_idx) as layer:
-                    if not _row_path(path).exists():
-                        latent, row = match_layer(
-                            stack, layer, layer_idx, layers(layer_idx), batches, matching
-                        )
-                        latent.to("cpu", torch.float32).save(path)
-                        write_json(_row_path(path), row)
-                    if layer_idx + 1 < stack.num_layers:
-                        _push(stack, layer, layer_idx, LatentLayer.load(path), batches)
-            advance(read_json(_row_path(path)))
-    else:
-        for path in paths:
+    folder = workspace.path(name, "streams")
+    # A file is complete or absent, so the highest layer's input there is where to go on.
+    reached = max((i for i in range(stack.num_layers) if _input_path(folder, i).exists()), default=0)
+    if _row_path(paths[-1]).exists():
+        reached = stack.num_layers
+    for path in paths[:reached]:
+        advance(read_json(_row_path(path)))
+    if reached < stack.num_layers:
+        if reached:
+            streams = Streams(**load_file(_input_path(folder, reached)))
+        else:
+            x_BLD = stack.embed(tokens_BL).cpu()
+            streams = Streams(x_BLD, x_BLD)
+        for layer_idx in range(reached, stack.num_layers):
+            path = paths[layer_idx]
+            with stack.layer(layer_idx) as layer:
+                with without(layer, "mlp"):
+                    target_BLD = run_all(stack, layer, streams.original_BLD)
+                if not _row_path(path).exists():
+                    latent, row = match_layer(
+                        stack,
+                        layer,
+                        layer_idx,
+                        layers(layer_idx),
+                        streams.converted_BLD,
+                        target_BLD,
+                        matching,
+                    )
+                    latent.to("cpu", torch.float32).save(path)
+                    write_json(_row_path(path), row)
+                if layer_idx + 1 < stack.num_layers:
+                    with without(layer, "self_attn"):
+                        original_BLD = run_all(stack, layer, target_BLD)
+                    original = layer.self_attn
+                    layer.self_attn = stand_in(stack, layer_idx, LatentLayer.load(path), original)
+                    streams = Streams(original_BLD, run_all(stack, layer, streams.converted_BLD))
+                    layer.self_attn = original
+            if layer_idx + 1 < stack.num_layers:
+                # The next layer's input first: with it there, this layer is not looked at again.
+                save_tensors(_input_path(folder, layer_idx + 1), streams._asdict())
+                _input_path(folder, layer_idx).unlink(missing_ok=True)
             advance(read_json(_row_path(path)))
     workspace.clear(f"{name}/streams")
-    return lambda layer_idx: LatentLayer.load(paths[layer_idx]), [
-        read_json(_row_path(path)) for path in paths
-    ]
+    rows = [read_json(_row_path(path)) for path in paths]
+    return lambda layer_idx: LatentLayer.load(paths[layer_idx]), rows
 
 
 def _row_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
+
+
+def _input_path(folder: Path, layer_idx: int) -> Path:
+    return folder / f"input_of_{layer_file(layer_idx)}"
 
 
 def match_layer(
@@ -140,47 +143,67 @@ def match_layer(
     layer: Any,
     layer_idx: int,
     latent: LatentLayer,
-    batches: list[Batch],
+    x_BLD: Tensor,
+    target_BLD: Tensor,
     matching: Matching,
 ) -> tuple[LatentLayer, dict[str, float]]:
-    """Train one layer's attention; it stays as it is where text held out from training finds it no better."""
-    generator = torch.Generator().manual_seed(matching.seed * 1_000_003 + layer_idx)
+    """Train one layer's attention; it stays as it is where text held out from training finds it no better.
+
+    Args:
+        layer: the source's decoder layer; its attention is the source's again at the end.
+        latent: the attention to begin with.
+        x_BLD: the converted stream at the layer's input.
+        target_BLD: the original's stream after its attention.
+    """
     original = layer.self_attn
     latent = latent.to(stack.device, torch.float32)
     if latent.o_weight_DO is None:
         latent = replace(latent, o_weight_DO=original.o_proj.weight.detach())
-    held_out = batches[-max(1, len(batches) // HELD_OUT_SHARE) :]
-    trained_on = batches[: -len(held_out)] or batches
+    num_held_out = -(-len(x_BLD) // HELD_OUT_SHARE)
+    held_out = torch.arange(len(x_BLD))[-num_held_out:]
     weights = Weights(latent)
-    module = stand_in(stack, layer_idx, latent, original)
-    optimizer = torch.optim.Adam(weights.moves.values(), lr=1.0, betas=BETAS)
-    order: list[int] = []
 
-    def loss_on(batch: Batch, attention: nn.Module) -> Tensor:
-        original_BLD, converted_BLD = batch.load(layer_idx)
+    def loss_on(attention: nn.Module, rows: Tensor) -> Tensor:
+        layer.self_attn = attention
+        found_BLD = stack.run(layer, x_BLD[rows].to(stack.device))
+        return relative_error(found_BLD, target_BLD[rows].to(stack.device))
+
+    def error(tried: LatentLayer) -> float:
+        attention = stand_in(stack, layer_idx, tried, original)
         with torch.no_grad():
-            target_BLD = after_attention(stack, layer, original, original_BLD)
-        return relative_error(after_attention(stack, layer, attention, converted_BLD), target_BLD)
+            return sum(loss_on(attention, row).item() for row in held_out.split(1)) / num_held_out
 
-    def error(attention: nn.Module) -> float:
-        with torch.no_grad():
-            return sum(loss_on(batch, attention).item() for batch in held_out) / len(held_out)
-
-    with without_mlp(layer):
-        before = error(module)
-        for step in range(matching.steps):
-            order = order or torch.randperm(len(trained_on), generator=generator).tolist()
+    with without(layer, "mlp"):
+        before = error(latent)
+        moving = Moving(stand_in(stack, layer_idx, latent, original), weights)
+        optimizer = torch.optim.Adam(weights.moves.values(), betas=BETAS, fused=True)
+        order = batch_order(max(1, len(x_BLD) - num_held_out), x_BLD.shape[1], matching, layer_idx)
+        for step, rows in enumerate(order):
             for group in optimizer.param_groups:
                 group["lr"] = matching.learning_rate * (1 - step / matching.steps)
             optimizer.zero_grad()
-            loss_on(trained_on[order.pop()], Moving(module, weights)).backward()
+            with mixed_precision(stack.device):
+                loss = loss_on(moving, rows)
+            loss.backward()
             optimizer.step()
         matched = weights.layer()
-        after = error(stand_in(stack, layer_idx, matched, original))
+        after = error(matched)
     layer.self_attn = original
     if not after < before:
         return latent, {"error_before": before, "error_after": before}
     return matched, {"error_before": before, "error_after": after}
+
+
+def batch_order(count: int, length: int, matching: Matching, layer_idx: int) -> Iterator[Tensor]:
+    """Which sequences each step is given: all of them in random order before any comes again."""
+    generator = torch.Generator().manual_seed(matching.seed * 1_000_003 + layer_idx)
+    size = min(count, max(1, MATCHING_BATCH_TOKENS // length))
+    rows = torch.empty(0, dtype=torch.int64)
+    for _ in range(matching.steps):
+        if len(rows) < size:
+            rows = torch.cat((rows, torch.randperm(count, generator=generator)))
+        yield rows[:size]
+        rows = rows[size:]
 
 
 def relative_error(found_BLD: Tensor, target_BLD: Tensor) -> Tensor:
@@ -239,41 +262,41 @@ class Moving(nn.Module):
         return torch.func.functional_call(self.module, state, args, kwargs)
 
 
-def after_attention(stack: LayerStack, layer: Any, attention: nn.Module, x_BLD: Tensor) -> Tensor:
-    """The stream after a layer's attention (and the norm behind it, in a post-norm model)."""
-    layer.self_attn = attention
-    return stack.run(layer, x_BLD)
+class Nothing(nn.Module):
+    """An attention or MLP that adds nothing to the stream."""
 
+    def __init__(self, *, returns_weights: bool) -> None:
+        super().__init__()
+        self.returns_weights = returns_weights
 
-class NoMlp(nn.Module):
-    """An MLP that adds nothing to the stream."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        zeros_BLD = torch.zeros_like(hidden_states)
+        return (zeros_BLD, None) if self.returns_weights else zeros_BLD
 
 
 @contextmanager
-def without_mlp(layer: Any) -> Iterator[None]:
-    """Let a layer give the stream after its attention for the duration of the block."""
-    mlp = layer.mlp
-    layer.mlp = NoMlp()
+def without(layer: Any, part: Literal["self_attn", "mlp"]) -> Iterator[None]:
+    """Let one of a layer's two parts add nothing to the stream for the duration of the block."""
+    module = getattr(layer, part)
+    setattr(layer, part, Nothing(returns_weights=part == "self_attn"))
     try:
         yield
     finally:
-        layer.mlp = mlp
+        setattr(layer, part, module)
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in bfloat16, all sums of the stream in float32, where the device is faster at it."""
+    if has_fast_bfloat16(device):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 
 @torch.no_grad()
-def _push(stack: LayerStack, layer: Any, layer_idx: int, latent: LatentLayer, batches: list[Batch]) -> None:
-    """Take both streams of every batch from the layer's input to the next one's."""
-    original = layer.self_attn
-    matched = stand_in(stack, layer_idx, latent, original)
-    for batch in batches:
-        if batch.path(layer_idx + 1).exists():
-            continue
-        original_BLD, converted_BLD = batch.load(layer_idx)
-        layer.self_attn = original
-        original_BLD = stack.run(layer, original_BLD)
-        layer.self_attn = matched
-        batch.save(layer_idx + 1, original_BLD, stack.run(layer, converted_BLD))
-    layer.self_attn = original
+def run_all(stack: LayerStack, layer: nn.Module, x_BLD: Tensor) -> Tensor:
+    """Apply a layer to all sequences, which stay in main memory."""
+    result_BLD = torch.empty_like(x_BLD)
+    with mixed_precision(stack.device):
+        for part in micro_batches(x_BLD):
+            result_BLD[part] = stack.run(layer, x_BLD[part].to(stack.device))
+    return result_BLD
