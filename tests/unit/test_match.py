@@ -199,7 +199,7 @@ match.match_layers(stack, layers, tokens(16, 32, seed=5), Workspace(work), STEPS
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("saved", [1, 2, 4])
 def test_a_killed_process_goes_on_to_the_same_files(saved: int, tmp_path: Path) -> None:
-    """Killed when the first layer is matched, when the next one's input is there, and once more further up."""
+    """Killed when a layer is matched, when the next one's input is there, and once more further up."""
     folder = pico_model(tmp_path / "model", layers=3)
     stack = open_stack(folder)
     results = []
