@@ -14,6 +14,11 @@ MATCHING_BATCH_TOKENS = 512  # of a step of training, in whole sequences
 HELD_OUT_SHARE = 16
 
 
+def matching_tokens(config: PlanConfig, tokens: int) -> int:
+    """Tokens to match on: those asked for, else the statistics' `tokens`, or what the steps take if more."""
+    return config.match_tokens or max(tokens, config.match_steps * MATCHING_BATCH_TOKENS)
+
+
 class MatchingCost(NamedTuple):
     """Bytes of memory, bytes on disk, and operations."""
 

@@ -21,7 +21,7 @@ from care_mla.facts import ModelFacts
 from care_mla.families.effects import check_effects
 from care_mla.families.rope_scaling import switches_table
 from care_mla.forms import check_form, needs_healing
-from care_mla.matching_plan import MatchingCost, matching_cost
+from care_mla.matching_plan import MatchingCost, matching_cost, matching_tokens
 from care_mla.profiles import as_converted, check_profile
 
 GIB = 2**30
@@ -213,7 +213,7 @@ def plan(
         memory={
             **_memory(facts, spooled.nbytes // (facts.num_hidden_layers + 1), length, gamma_length),
             "whole model, to write and to verify": _whole_model_bytes(
-                facts, max(tokens, config.match_tokens or 0), is_self=config.calibration == "self"
+                facts, max(tokens, matching_tokens(config, tokens)), is_self=config.calibration == "self"
             ),
             **({"block matching": matching.memory} if matching else {}),
         },
@@ -245,7 +245,7 @@ def _matching(facts: ModelFacts, config: PlanConfig, dims: Dims, tokens: int) ->
     return matching_cost(
         facts,
         config,
-        tokens=config.match_tokens or tokens,
+        tokens=matching_tokens(config, tokens),
         original=_attention_parameters(facts),
         converted=_attention_parameters(facts, config.form, dims),
         mlp=max(_mlp_parameters(facts, layer_idx, only_used=True) for layer_idx in layers),

@@ -13,6 +13,7 @@ from care_mla.configs import ConvertConfig, PlanConfig
 from care_mla.errors import ExportError, OptionError
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config
+from care_mla.matching_plan import matching_tokens
 from care_mla.plan import (
     GIB,
     parameter_count,
@@ -272,6 +273,8 @@ def test_block_matching_is_counted() -> None:
     deep = plan(facts_of(LLAMA_8B, num_hidden_layers=64), config)
     assert deep.memory["block matching"] == matched.memory["block matching"]
     assert matched.memory["block matching"] > matched.disk["streams to match"]
+    assert matching_tokens(replace(config, match_tokens=None), 8192) == 40 * 512
+    assert matching_tokens(replace(config, match_tokens=None), 65_536) == 65_536
     with pytest.raises(OptionError, match=r"--match-tokens 16384, or --max-spool-gib 2.0"):
         plan(facts, replace(config, max_spool_gib=1.0))
     with pytest.raises(OptionError, match="no effect without --match-steps"):

@@ -15,6 +15,7 @@ from care_mla.calibrate.data import SELF, TokenBlocks, prepare_tokens, too_large
 from care_mla.calibrate.layers import LayerStack
 from care_mla.calibrate.matching_text import matching_blocks
 from care_mla.calibrate.stream import collect_rotation, collect_statistics, whole_micro_batches
+from care_mla.matching_plan import matching_tokens
 from care_mla.plan import machine_memory, parameter_count, resolve_calibration, rotation_length, spool
 from care_mla.workspace import Workspace
 
@@ -105,7 +106,7 @@ def matching_text(
         config,
         workspace,
         blocks,
-        config.match_tokens or tokens,
+        matching_tokens(config, tokens),
         tokens=tokens,
         sequence_length=length,
         rotation_length=rotation_length(source.facts, _memory(device)),

@@ -166,7 +166,7 @@ def match_layer(
     def loss_on(attention: nn.Module, rows: Tensor) -> Tensor:
         layer.self_attn = attention
         found_BLD = stack.run(layer, x_BLD[rows].to(stack.device))
-        return relative_error(found_BLD, target_BLD[rows].to(stack.device))
+        return stream_error(found_BLD, target_BLD[rows].to(stack.device))
 
     def error(tried: LatentLayer) -> float:
         attention = stand_in(stack, layer_idx, tried, original)
@@ -206,14 +206,16 @@ def batch_order(count: int, length: int, matching: Matching, layer_idx: int) -> 
         rows = rows[size:]
 
 
-def relative_error(found_BLD: Tensor, target_BLD: Tensor) -> Tensor:
-    """Mean over tokens of the squared error of the stream over its squared size.
+def stream_error(found_BLD: Tensor, target_BLD: Tensor) -> Tensor:
+    """Mean over tokens of log(1 + e), e the squared error of the stream over its squared size.
 
-    The norms that read the stream see it so; in a plain squared error a few tokens of enormous size (the
-    first of a text) would count for all.
+    The norms that read the stream see it relative to its size; in a plain squared error a few tokens of
+    enormous size (the first of a text) would count for all. The logarithm is for the few that are enormous in
+    the converted stream alone: of 24,576 tokens of the demo model one had e = 645 at layer 12, the median
+    0.01, so that it alone was two thirds of the mean, and of the gradient.
     """
     size_BL = target_BLD.square().sum(-1)
-    return ((found_BLD - target_BLD).square().sum(-1) / size_BL.clamp_min(1e-12)).mean()
+    return ((found_BLD - target_BLD).square().sum(-1) / size_BL.clamp_min(1e-12)).log1p().mean()
 
 
 class Weights:
