@@ -167,7 +167,31 @@ def llama_cpp() -> str:
     return markdown([*columns, "cached values"], rows)
 
 
+def matching() -> str:
+    """Perplexity before and after block matching, as a ratio to the original in the same run."""
+    rows = []
+    for run in read("healing/matching-*.json"):
+        rows.append(
+            [
+                run["form"] + (f", P {run['qk_rope_head_dim']}" if run["qk_rope_head_dim"] else ""),
+                str(run["cached_values"]),
+                run["calibration"],
+                str(run["match_steps"]),
+                f"{run['match_tokens']:,}",
+                *(
+                    f"{run[name]['perplexity'] / run['original']['perplexity']:.3f}"
+                    for name in ("before", "after")
+                ),
+                *(f"{run[name]['kl']:.3f}" for name in ("before", "after")),
+                f"{run['cpu_seconds']:.0f}",
+            ]
+        )
+    columns = ["form", "cached values", "text", "steps", "tokens", "before", "after", "KL before", "KL after"]
+    return markdown([*columns, "CPU seconds of matching"], rows)
+
+
 TABLES = {
+    "matching": matching,
     "llama-cpp": llama_cpp,
     "one-shot-0.5": lambda: one_shot("0.5"),
     "one-shot-0.25": lambda: one_shot("0.25"),
@@ -182,7 +206,7 @@ TABLES = {
 def main() -> int:
     """Rewrite or check all tables; returns the exit code."""
     stale = []
-    for path in [HERE.parent / "README.md", *sorted(HERE.glob("*/README.md"))]:
+    for path in [HERE.parent / "README.md", *sorted(HERE.glob("*/*.md"))]:
         text = path.read_text(encoding="utf-8")
         made = MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[3], text)
         if made != text:

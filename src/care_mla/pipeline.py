@@ -161,6 +161,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         }
         if matched is not None:
             result["match"] = {
+                "steps": config.match_steps,
                 "tokens": matched.tokens,
                 "held_out_kl": matched.held_out_kl,
                 "kept": matched.is_kept,
@@ -209,10 +210,21 @@ def _card(
         engines=result["engines"],
         needs_healing=result["needs_healing"],
         verify=result["verify"],
+        matched=_matched_text(result["match"]) if "match" in result else "",
         recipe=recipe,
         versions=versions(),
         fingerprints=fingerprints,
         warnings=[text for text in terminal.current().warnings if not text.startswith(NEEDS_HEALING)],
+    )
+
+
+def _matched_text(match: dict[str, Any]) -> str:
+    kl = match["held_out_kl"]
+    kept = "" if match["kept"] else ", and was not kept"
+    return (
+        f"Block matching trained each layer's attention by itself, {match['steps']} steps on "
+        f"{match['tokens']:,} tokens, which took the divergence on held-out text from {kl['before']:.4f} to "
+        f"{kl['after']:.4f}{kept}."
     )
 
 

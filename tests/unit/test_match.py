@@ -200,9 +200,9 @@ match.match_layers(stack, layers, tokens(16, 32, seed=5), Workspace(work), STEPS
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("saved", [1, 2, 4])
+@pytest.mark.parametrize("saved", [1, 4])
 def test_a_killed_process_goes_on_to_the_same_files(saved: int, tmp_path: Path) -> None:
-    """Killed when a layer is matched, when the next one's input is there, and once more further up."""
+    """Killed when a layer is matched, and when the third one's input is there."""
     folder = pico_model(tmp_path / "model", layers=3)
     stack = open_stack(folder)
     results = []
@@ -245,7 +245,7 @@ def test_other_options_are_other_files(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     peaks = {}
-    for depth in (3, 12):
+    for depth in (3, 9):
         # bfloat16 weights, so that every layer's float32 copy is a tensor of its own.
         folder = pico_model(tmp_path / f"model-{depth}", layers=depth, dtype=torch.bfloat16)
         stack, work = open_stack(folder), tmp_path / f"work-{depth}"
@@ -264,4 +264,4 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         peaks[depth] = memory.peak
     layer_bytes = 4 * 3 * 64 * 128
     assert peaks[3] > layer_bytes
-    assert peaks[12] < peaks[3] + layer_bytes / 10, peaks
+    assert peaks[9] < peaks[3] + layer_bytes / 10, peaks

@@ -52,6 +52,7 @@ class Card:
         versions: of the software that decides the numbers.
         fingerprints: of what the result depends on, such as the source's weights and the calibration text.
         warnings: what the run warned about.
+        matched: what block matching did, in a sentence; empty without.
         healed: what training after the conversion did, in a sentence or two; empty without.
     """
 
@@ -76,6 +77,7 @@ class Card:
     versions: Mapping[str, str | None]
     fingerprints: Mapping[str, str]
     warnings: Sequence[str] = field(default_factory=tuple)
+    matched: str = ""
     healed: str = ""
 
 
@@ -142,7 +144,9 @@ def _summary(card: Card) -> str:
     ) + (
         " with its attention turned into Multi-head Latent Attention by `care`: each layer caches a latent "
         f"of {rank} values per token{rope}, {after / before:.0%} of what the original caches. Form "
-        f"{card.form}, method {card.method}. " + (card.healed or "All other weights are the original's.")
+        f"{card.form}, method {card.method}. "
+        + (f"{card.matched} " if card.matched else "")
+        + (card.healed or "All other weights are the original's.")
     )
 
 
