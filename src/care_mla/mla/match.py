@@ -116,7 +116,7 @@ def match_layers(
                 if layer_idx + 1 < stack.num_layers:
                     with without(layer, "self_attn"):
                         original_BLD = run_all(stack, layer, target_BLD)
-                    original = layer.self_attn
+                    original = layer.get_submodule("self_attn")
                     layer.self_attn = stand_in(stack, layer_idx, LatentLayer.load(path), original)
                     streams = Streams(original_BLD, run_all(stack, layer, streams.converted_BLD))
                     layer.self_attn = original
@@ -238,9 +238,10 @@ class Weights:
     def moved(self) -> LatentLayer:
         """The layer where it is now, with gradients to the moves."""
         start = self.start.tensors()
-        return replace(
-            self.start, **{name: start[name] + self.scales[name] * move for name, move in self.moves.items()}
-        )
+        moved: dict[str, Any] = {
+            name: start[name] + self.scales[name] * move for name, move in self.moves.items()
+        }
+        return replace(self.start, **moved)
 
     @torch.no_grad()
     def layer(self) -> LatentLayer:
@@ -259,8 +260,9 @@ class Moving(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         layer = self.weights.moved()
         assert layer.o_weight_DO is not None
-        bias = self.module.get_submodule("o_proj").bias
-        state = attention_state_dict(layer, layer.o_weight_DO, None if bias is None else bias)
+        output = self.module.get_submodule("o_proj")
+        assert isinstance(output, nn.Linear)
+        state = attention_state_dict(layer, layer.o_weight_DO, output.bias)
         return torch.func.functional_call(self.module, state, args, kwargs)
 
 
