@@ -10,16 +10,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from care_mla import console as terminal
-from care_mla.checkpoint.writer import require_disk
 from care_mla.errors import CheckpointError
 from care_mla.workspace import Workspace, save_tensors, write_json
 
@@ -56,7 +56,7 @@ class RunState:
 
 
 class Checkpoints:
-    """The newest `KEPT` checkpoints of a run, and the best one.
+    """The newest `KEPT` checkpoints of a run, and the best one as each of them knows it.
 
     Args:
         workspace: the run's.
@@ -69,13 +69,11 @@ class Checkpoints:
         """Write a checkpoint, then remove those that are not needed any more.
 
         Raises:
-            CareError: the disk has no room; the checkpoints before stay.
+            CheckpointError: the disk does not take it; the checkpoints before stay.
         """
         final = self._path(state.step)
         partial = final.with_name(f".{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        nbytes = sum(tensor.nbytes for tensors in (weights, optimizer) for tensor in tensors.values())
-        require_disk({self.folder: nbytes})
         try:
             save_tensors(partial / WEIGHTS, weights)
             save_tensors(partial / OPTIMIZER, optimizer)
@@ -84,9 +82,14 @@ class Checkpoints:
             _to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{final} could not be written ({error}). The checkpoints before it are kept. Make room, and "
+                "type the same command again: it goes on from the newest of them."
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        self._remove_old(state.best[0])
+        self._remove_old(state)
 
     def newest(self) -> tuple[RunState, dict[str, Tensor], dict[str, Tensor]] | None:
         """The newest checkpoint that is whole; damaged ones are named, removed and passed over."""
@@ -100,27 +103,35 @@ class Checkpoints:
             shutil.rmtree(path)
         return None
 
-    def weights(self, step: int) -> dict[str, Tensor]:
-        """The weights of a checkpoint.
+    def best(self, state: RunState) -> tuple[tuple[int, float, float], dict[str, Tensor]]:
+        """The best measurement whose checkpoint is whole, and its weights; damaged ones are named.
 
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: none is.
         """
-        path = self._path(step)
-        problem, state = _check(path)
-        if state is None:
-            raise CheckpointError(
-                f"{path}: the best checkpoint is gone or damaged ({problem}). Train again in an empty work "
-                f"folder: rm -r {self.folder}"
+        for row in sorted(state.held_out, key=lambda row: (row[1], row[0])):
+            path = self._path(row[0])
+            if row != state.best and not path.exists():
+                continue  # it was removed when a better one came
+            problem, whole = _check(path)
+            if whole is not None:
+                return row, load_file(path / WEIGHTS)
+            terminal.current().warn(
+                f"{path} is damaged ({problem}), so the weights written are not the best that training found."
             )
-        return load_file(path / WEIGHTS)
+        raise CheckpointError(
+            f"{self.folder}: no checkpoint is whole. Train again in an empty folder: rm -r {self.folder}"
+        )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08}"
 
-    def _remove_old(self, best: int) -> None:
+    def _remove_old(self, state: RunState) -> None:
+        # If the newest is found damaged, the run goes back by one measurement, and to the best until then.
+        before = replace(state, held_out=state.held_out[:-1] or state.held_out)
+        kept = {self._path(state.best[0]), self._path(before.best[0])}
         for path in sorted(self.folder.glob("step_*"), reverse=True)[KEPT:]:
-            if path != self._path(best):
+            if path not in kept:
                 shutil.rmtree(path)
 
 
@@ -143,12 +154,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    yield from (path for path in folder.iterdir() if path.is_file())
-
-
 def _to_disk(folder: Path) -> None:
     """Wait until the files are on the disk, so that no power cut leaves a name without its content."""
-    for path in _files(folder):
+    for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from care_mla.errors import OptionError
 from care_mla.heal.loss import Losses, LossWeights, distillation_loss, loss_of_chunk
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ class Distiller(nn.Module):
         return self
 
     def forward(self, tokens_BL: Tensor) -> Losses:
-        """Mean losses over all tokens that have a next one."""
+        """Mean losses over all tokens that have a next one; in evaluation KL is at temperature 1."""
         options = {"use_cache": False, "output_hidden_states": self.hidden_states > 0}
         with torch.no_grad():
             taught = self.teacher.model(tokens_BL, **options)
@@ -67,7 +70,7 @@ class Distiller(nn.Module):
             taught_TD,
             self.teacher.lm_head.weight,
             tokens_BL[:, 1:].flatten(),
-            self.weights,
+            self.weights if self.training else self.weights._replace(temperature=1.0),
             chunk_loss=self.chunk_loss,
         )
         if self.hidden_states > 0:
@@ -88,19 +91,29 @@ def stream_difference(learnt: tuple[Tensor, ...], taught: tuple[Tensor, ...]) ->
     return torch.stack([ratio.mean() for ratio in ratios]).mean()
 
 
-def make_accelerator(config: HealConfig, logging_folder: str) -> Accelerator:
-    """Accelerate's view of devices and processes: bfloat16 autocast on GPUs, float32 on a CPU."""
+def make_accelerator(config: HealConfig, logging_folder: Path) -> Accelerator:
+    """Accelerate's view of devices and processes: bfloat16 autocast on GPUs, float32 on a CPU.
+
+    Raises:
+        OptionError: `accelerate launch` asks for a precision that training has not.
+    """
     from accelerate import Accelerator
     from accelerate.utils import is_tensorboard_available
 
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise OptionError(
+            f"accelerate launch --mixed_precision {asked}: healing runs in bfloat16 on GPUs, whose range "
+            "needs no scaling of gradients, and in float32 on CPUs. Leave the option out."
+        )
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    # What `accelerate launch --mixed_precision` says goes first.
-    precision = None if "ACCELERATE_MIXED_PRECISION" in os.environ else ("bf16" if on_gpu else "no")
+    if config.device == "cuda" and not on_gpu:
+        raise OptionError("--device cuda: torch finds no GPU on this machine. Try --device cpu")
     return Accelerator(
         cpu=not on_gpu,
-        mixed_precision=precision,
+        mixed_precision="bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no",
         log_with="tensorboard" if is_tensorboard_available() else None,
-        project_dir=logging_folder,
+        project_dir=str(logging_folder),
     )
 
 
@@ -131,13 +144,20 @@ def place(distiller: Distiller, accelerator: Accelerator, config: HealConfig) ->
         distiller.to(device)
         share_frozen_weights(student, teacher)
     if config.compile:
-        # Layer by layer: one compilation serves all of them.
-        for layer in (*student.model.layers, *teacher.model.layers):
-            layer.compile()
-        distiller.chunk_loss = torch.compile(loss_of_chunk)
+        compile_parts(distiller)
     if is_sharded(config, accelerator):
         return distiller
     return accelerator.prepare_model(distiller)
+
+
+def compile_parts(distiller: Distiller) -> None:
+    """Compile every layer and the loss: one compilation serves all layers that have the same sizes."""
+    layers = (*distiller.student.model.layers, *distiller.teacher.model.layers)
+    # Of both models, in training and measuring, and for every rank that layers differ by.
+    torch._dynamo.config.recompile_limit = max(64, 4 * len(layers))
+    for layer in layers:
+        layer.compile()
+    distiller.chunk_loss = torch.compile(loss_of_chunk, dynamic=True)
 
 
 def _shard(distiller: Distiller, device: torch.device, reduced: torch.dtype | None) -> None:
@@ -152,6 +172,19 @@ def _shard(distiller: Distiller, device: torch.device, reduced: torch.dtype | No
     fully_shard(distiller, mesh=mesh, mp_policy=policy)
     for buffer in distiller.buffers():
         buffer.data = buffer.data.to(device)
+
+
+@contextmanager
+def gradients_stay(model: nn.Module, accelerator: Accelerator, *, stay: bool) -> Iterator[None]:
+    """Within it, gradients of a backward pass are not yet summed over processes."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not stay)
+        yield
+    elif stay:
+        with accelerator.no_sync(model):
+            yield
+    else:
+        yield
 
 
 def share_frozen_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

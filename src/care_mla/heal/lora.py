@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from care_mla.errors import OptionError
@@ -31,7 +31,11 @@ def require_peft() -> None:
 
 
 def add_adapters(model: PreTrainedModel, rank: int, seed: int) -> None:
-    """Put adapters of a rank on every projection of attention, in place; they alone train."""
+    """Put adapters of a rank on every projection of attention, in place; they alone train.
+
+    Raises:
+        OptionError: peft is not installed.
+    """
     require_peft()
     peft = importlib.import_module("peft")
     with torch.random.fork_rng(devices=[]):
@@ -57,3 +61,12 @@ def merged(projections: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) ->
         w_OI = projections[f"{module}.weight"]
         result[f"{module}.weight"] = (w_OI.double() + b_OR.double() @ a_RI.double()).float()
     return result
+
+
+def adapter_parameters(model: nn.Module, rank: int) -> int:
+    """Weights of the adapters that `add_adapters` would put into a model."""
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS
+    )

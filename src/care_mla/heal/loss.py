@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Float32 logits of one chunk, of which a few copies exist at a time.
-CHUNK_BYTES = 2**27
+# Float32 logits of one chunk, of which a few copies exist at a time; GPUs are quicker on more rows.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
 
 class LossWeights(NamedTuple):
@@ -50,15 +50,23 @@ def distillation_loss(
         student_TD: with a gradient; in the type in which logits are computed (their sums are float32).
         student_head_SD: likewise, if it trains.
         labels_T: the next token of every position.
-        chunk_rows: tokens whose logits exist together. None: as many as fit in CHUNK_BYTES.
+        chunk_rows: tokens whose logits exist together. None: as `rows_of_chunk` says.
         chunk_loss: in place of `loss_of_chunk`, such as its compiled form.
     """
-    rows = chunk_rows or max(1, CHUNK_BYTES // (4 * len(student_head_SD)))
-    sums_2, total = _Distillation.apply(
-        student_TD, student_head_SD, teacher_TD, teacher_head_SD, labels_T, weights, rows,
+    if not torch.is_grad_enabled():
+        student_head_SD = student_head_SD.detach()
+    means_2, total = _Distillation.apply(
+        student_TD, student_head_SD, teacher_TD, teacher_head_SD, labels_T, weights,
+        chunk_rows or rows_of_chunk(len(labels_T), len(student_head_SD), student_TD.device.type),
         chunk_loss or loss_of_chunk,
     )  # fmt: skip
-    return Losses(total, sums_2[0], sums_2[1])
+    return Losses(total, means_2[0], means_2[1])
+
+
+def rows_of_chunk(tokens: int, vocab_size: int, device_type: str) -> int:
+    """Tokens of one chunk: all chunks but the last are equal, and the last is hardly smaller."""
+    most = max(1, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // (4 * vocab_size))
+    return -(-tokens // -(-tokens // most))
 
 
 def loss_of_chunk(
@@ -106,10 +114,8 @@ class _Distillation(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = len(labels_T)
         needs_states, needs_head = ctx.needs_input_grad[:2]
-        head_SD, head_of_teacher_SD = (
-            student_head_SD.to(student_TD.dtype),
-            teacher_head_SD.to(teacher_TD.dtype),
-        )
+        head_SD = student_head_SD.to(student_TD.dtype)
+        head_of_teacher_SD = teacher_head_SD.to(teacher_TD.dtype)
         grad_TD = torch.empty_like(student_TD) if needs_states else None
         grad_SD = torch.zeros_like(student_head_SD, dtype=torch.float32) if needs_head else None
         sums_2 = student_TD.new_zeros(2, dtype=torch.float32)

@@ -1,13 +1,20 @@
 """What healing needs before it starts: tokens, memory by part, disk. Arithmetic on sizes alone."""
+# Letters: D hidden_size, I intermediate_size, N query heads, K their width (M + P).
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
 
 from care_mla.facts import ModelFacts
+from care_mla.heal.lora import adapter_parameters
+from care_mla.heal.loss import rows_of_chunk
+from care_mla.heal.student import is_trained, shape_of_student
 from care_mla.heal.trainer import planned_steps, save_every
 from care_mla.heal_config import HealConfig
+from care_mla.plan import BASE_BYTES, parameter_count
 
 CPU_TOKENS, GPU_TOKENS = 65_536, 4_194_304
 CPU_HELD_OUT, GPU_HELD_OUT = 8_192, 65_536
@@ -37,12 +44,38 @@ def resolve_sizes(facts: ModelFacts, config: HealConfig, *, on_gpu: bool, proces
     return Sizes(length, config.tokens or used, held_out, min(micro, config.batch_size // processes))
 
 
+class Parameters(NamedTuple):
+    """Numbers of weights; `key_width` is that of the student's queries and keys, K."""
+
+    student: int
+    trained: int
+    teacher: int
+    key_width: int
+
+
+def count_parameters(
+    facts: ModelFacts, student: PreTrainedConfig, teacher: ModelFacts, config: HealConfig
+) -> Parameters:
+    """Count the weights of both models, from configurations alone.
+
+    Args:
+        facts: the original's; `student` is the configuration of its converted model in our own class.
+    """
+    shapes = {name: p.numel() for name, p in shape_of_student(facts, student).named_parameters()}
+    if config.train == "lora":
+        trained = adapter_parameters(shape_of_student(facts, student), config.lora_rank)
+    else:
+        trained = sum(count for name, count in shapes.items() if is_trained(name, config.train))
+    width = student.qk_nope_head_dim + student.qk_rope_head_dim
+    return Parameters(sum(shapes.values()), trained, parameter_count(teacher), width)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
     """Bytes of one process, by part, and of the disk."""
 
-    trained: int
     parameters: int
+    trained: int
     memory: dict[str, int]
     disk: dict[str, int]
 
@@ -51,20 +84,22 @@ class MemoryPlan:
         """The sum of the parts."""
         return sum(self.memory.values())
 
+    @property
+    def disk_bytes(self) -> int:
+        """Work folder and output together."""
+        return sum(self.disk.values())
+
     def as_json(self) -> dict[str, Any]:
         """For --json."""
-        return {**asdict(self), "memory_bytes": self.memory_bytes, "disk_bytes": sum(self.disk.values())}
+        return {**asdict(self), "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes}
 
 
 def memory_plan(
     facts: ModelFacts,
     config: HealConfig,
     sizes: Sizes,
+    parameters: Parameters,
     *,
-    student: int,
-    trained: int,
-    teacher: int,
-    key_width: int,
     on_gpu: bool,
     shards: int = 1,
     itemsize: int = 2,
@@ -72,37 +107,40 @@ def memory_plan(
     """What a process holds.
 
     Args:
-        student: parameters; likewise `teacher`, and `trained` of them.
-        key_width: of the student's queries and keys, M + P.
+        facts: the original's.
         shards: processes that share the weights.
-        itemsize: of the weights written.
+        itemsize: bytes of a weight in the folder written.
     """
     width = 2 if on_gpu else 4
-    frozen_width = 4 if shards > 1 else width
-    # What both have is held once, but not where the weights are sharded.
-    frozen = (student - trained) * (1 if shards > 1 else 0)
+    trained = parameters.trained
+    if shards > 1:  # FSDP2 keeps everything in float32, and no weight twice for both models
+        held = 4 * (parameters.student + parameters.teacher + (trained if config.train == "lora" else 0))
+    else:
+        # What is frozen in the student is the teacher's, and is held once; what trains is cast on a GPU.
+        held = (4 + (2 if on_gpu else 0)) * trained + width * parameters.teacher
     tokens = sizes.micro_batch * sizes.sequence_length
-    heads = facts.num_attention_heads
-    in_layer = 8 * facts.hidden_size + 4 * facts.intermediate_size + 5 * heads * key_width
+    in_layer = 8 * facts.hidden_size + 4 * facts.intermediate_size
+    in_layer += 5 * facts.num_attention_heads * parameters.key_width
     layers = facts.num_hidden_layers
     activations = (
         in_layer + layers * facts.hidden_size if config.gradient_checkpointing else layers * in_layer
     )
-    chunk = min(2**27, 4 * tokens * facts.vocab_size)
+    rows = rows_of_chunk(tokens, facts.vocab_size, "cuda" if on_gpu else "cpu")
     memory = {
-        "weights of both models": (4 * trained + frozen_width * (teacher + frozen)) // shards,
+        "weights of both models": held // shards,
         "gradients": 4 * trained // shards,
         "AdamW's moments": 8 * trained // shards,
         "activations": width * tokens * activations,
-        "logits": 6 * chunk,
+        "logits of a chunk": 6 * 4 * rows * facts.vocab_size,
+        "Python and torch": BASE_BYTES,
     }
-    # The two newest, the best, and one that is being written.
+    # The two newest, the best of each, and one that is being written.
     disk = {
-        "checkpoints": 4 * 12 * trained,
+        "checkpoints": 5 * 12 * trained,
         "tokens": 8 * sizes.tokens * len(config.sources()),
-        "output": itemsize * student,
+        "output": itemsize * parameters.student,
     }
-    return MemoryPlan(trained=trained, parameters=student, memory=memory, disk=disk)
+    return MemoryPlan(parameters=parameters.student, trained=trained, memory=memory, disk=disk)
 
 
 def plan_rows(plan: MemoryPlan, config: HealConfig, sizes: Sizes, processes: int) -> list[list[object]]:
@@ -119,7 +157,7 @@ def plan_rows(plan: MemoryPlan, config: HealConfig, sizes: Sizes, processes: int
         ["processes", processes],
         ["memory of each", _gib(plan.memory_bytes)],
         *[[f"  {part}", _gib(nbytes)] for part, nbytes in plan.memory.items()],
-        ["disk", _gib(sum(plan.disk.values()))],
+        ["disk", _gib(plan.disk_bytes)],
         *[[f"  {part}", _gib(nbytes)] for part, nbytes in plan.disk.items()],
     ]
 

@@ -10,14 +10,13 @@ the same model is our own class in the source's scale, with a latent of order on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from care_mla.checkpoint.source import EMBEDDING, HEAD
@@ -28,18 +27,13 @@ from care_mla.export.verify import SOURCE_CONFIG
 from care_mla.factors import LatentLayer
 from care_mla.facts import ModelFacts
 from care_mla.families import facts_from_config
+from care_mla.heal.lora import add_adapters
 from care_mla.mla import configuration
 from care_mla.mla.mapping import attention_state_dict, class_names, latent_config, model_class
 
 ATTENTION = "self_attn."
-
-
-class StudentModel(Protocol):
-    """What healing uses of our own classes."""
-
-    model: Any
-    lm_head: nn.Linear
-    config: PreTrainedConfig
+# What a model in training would do at random, and the teacher does not.
+NOISE = ("attention_dropout", "resid_pdrop", "embd_pdrop", "router_jitter_noise")
 
 
 class StudentFolder(ConvertedFolder):
@@ -109,15 +103,16 @@ class StudentFolder(ConvertedFolder):
             layer = self.latent_layer(0)
             config = latent_config(self.training_facts, [layer] * self.facts.num_hidden_layers)
             config.num_key_value_heads = len(layer.up_v_GHR)
-        config.attention_dropout = 0.0
         config.use_cache = False
+        for name in NOISE:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
         return config
 
     def load_student(self) -> PreTrainedModel:
         """The student on the CPU in float32, every latent of order one."""
-        facts, config = self.training_facts, self.student_config()
-        with torch.device("meta"):
-            model = model_class(facts)(config)
+        facts = self.training_facts
+        model = shape_of_student(facts, self.student_config())
         outside = {
             name: self.training_tensor(name) for name in self.names() if not name.startswith("model.layers.")
         }
@@ -257,24 +252,28 @@ def latent_layer_of(attention: Mapping[str, Tensor], config: PreTrainedConfig, l
     )
 
 
-def choose_weights(model: PreTrainedModel, train: str, lora_rank: int, seed: int) -> list[str]:
-    """Let what `train` names train, freeze the rest; returns the names of the parameters.
+def is_trained(name: str, train: str) -> bool:
+    """Whether `--train` lets a parameter of the student train; adapters are apart."""
+    match train:
+        case "all":
+            return True
+        case "attention+norms":
+            return f".{ATTENTION}" in name or "norm." in name
+        case "attention":
+            return f".{ATTENTION}" in name and "_norm." not in name
+        case _:
+            return False
 
-    Adapters are put on attention's projections with `lora`. Names are those of the model without them.
 
-    Raises:
-        OptionError: adapters need peft, which is not installed.
-    """
-    is_trained: Callable[[str], bool] = {
-        "attention": lambda name: f".{ATTENTION}" in name and "_norm." not in name,
-        "attention+norms": lambda name: f".{ATTENTION}" in name or "norm." in name,
-        "all": lambda name: True,
-        "lora": lambda name: False,
-    }[train]
+def choose_weights(model: PreTrainedModel, train: str, lora_rank: int, seed: int) -> None:
+    """Let what `train` names train, and freeze the rest; with `lora`, put adapters on the projections."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name))
+        parameter.requires_grad_(is_trained(name, train))
     if train == "lora":
-        from care_mla.heal.lora import add_adapters
-
         add_adapters(model, lora_rank, seed)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def shape_of_student(facts: ModelFacts, config: PreTrainedConfig) -> PreTrainedModel:
+    """The student without memory for its weights: names and sizes alone."""
+    with torch.device("meta"):
+        return model_class(facts)(config)

@@ -9,18 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
 from care_mla import console as terminal
 from care_mla.errors import CareError
 from care_mla.heal.checkpoints import Checkpoints, RunState
 from care_mla.heal.data import Blocks
-from care_mla.heal.engine import optimizer_tensors, restore, trained_parameters, whole
+from care_mla.heal.engine import gradients_stay, optimizer_tensors, restore, trained_parameters, whole
 from care_mla.heal_config import DEFAULT_STEPS, HealConfig
 
 if TYPE_CHECKING:
@@ -56,6 +55,7 @@ def train(
         state, weights, optimizer_state = found
         restore(optimizer, parameters, weights, optimizer_state)
         terminal.current().note(f"Going on from step {state.step}.")
+    _check_agreement(state, accelerator, checkpoints)
 
     def measure_and_save() -> None:
         state.held_out.append((state.step, *held_out_losses(model, blocks, accelerator, micro_batch)))
@@ -68,7 +68,6 @@ def train(
     if not state.held_out:
         measure_and_save()
     share = config.batch_size // accelerator.num_processes
-    length = len(blocks[0])
     with Progress(config, state) as progress:
         while not is_over(state, config):
             start = time.perf_counter()
@@ -79,7 +78,7 @@ def train(
                 is_last = micro == math.ceil(share / micro_batch)
                 tokens_BL = blocks.batch(first + place, count).to(accelerator.device)
                 # Gradients travel between processes once per step.
-                with nullcontext() if is_last else accelerator.no_sync(model):
+                with gradients_stay(model, accelerator, stay=not is_last):
                     with accelerator.autocast():
                         losses = model(tokens_BL)
                     accelerator.backward(losses.total * (count / share))
@@ -98,7 +97,7 @@ def train(
                 "cross_entropy": cross_entropy,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "gradient_norm": whole(norm).item(),
-                "tokens_per_second": config.batch_size * length / seconds,
+                "tokens_per_second": config.batch_size * blocks.length / seconds,
             }
             if not math.isfinite(loss):
                 raise CareError(
@@ -113,6 +112,20 @@ def train(
                 accelerator.log({"heal/held_out_kl": state.held_out[-1][1]}, step=state.step)
             progress.show(row)
     return state
+
+
+def _check_agreement(state: RunState, accelerator: Accelerator, checkpoints: Checkpoints) -> None:
+    """Check that all processes go on from the same step.
+
+    Raises:
+        CareError: they see other checkpoints.
+    """
+    steps = gather_object([state.step])
+    if len(set(steps)) > 1:
+        raise CareError(
+            f"{checkpoints.folder}: processes find checkpoints of steps {steps} there, so this folder is not "
+            "one for all of them. Name one on a disk that all machines share: --work FOLDER"
+        )
 
 
 def micro_batches(share: int, size: int) -> Iterator[tuple[int, int]]:
@@ -185,9 +198,10 @@ def agreed(seconds: float, accelerator: Accelerator, config: HealConfig) -> floa
 def held_out_losses(
     model: nn.Module, blocks: Blocks, accelerator: Accelerator, micro_batch: int
 ) -> tuple[float, float]:
-    """Mean KL and cross-entropy over the held-out blocks, in nats per token."""
+    """Mean KL and cross-entropy over the held-out blocks, in nats per token, at temperature 1."""
     tokens_BL = blocks.held_out_BL
     ranks, rank = accelerator.num_processes, accelerator.process_index
+    model.eval()
     sums = torch.zeros(3, device=accelerator.device)
     for start in range(0, len(tokens_BL), micro_batch * ranks):
         mine_BL = tokens_BL[start + rank * micro_batch :][:micro_batch]
@@ -196,6 +210,7 @@ def held_out_losses(
         with torch.no_grad(), accelerator.autocast():
             losses = model(batch_BL.to(accelerator.device))
         sums += torch.stack([losses.kl, losses.cross_entropy, torch.ones_like(losses.kl)]) * len(mine_BL)
+    model.train()
     kl, cross_entropy, count = accelerator.reduce(sums, "sum").tolist()
     return kl / count, cross_entropy / count
 
