@@ -75,7 +75,10 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 def test_an_equal_student_has_no_divergence_and_no_gradient() -> None:
     case = inputs()
-    case["teacher_TD"], case["teacher_head_SD"] = case["student_TD"].detach(), case["student_head_SD"].detach()
+    case["teacher_TD"], case["teacher_head_SD"] = (
+        case["student_TD"].detach(),
+        case["student_head_SD"].detach(),
+    )
     losses = distillation_loss(**case, weights=LossWeights(cross_entropy=0.0), chunk_rows=5)
     losses.total.backward()
     assert abs(losses.kl.item()) < 1e-6
