@@ -12,7 +12,6 @@ from care_mla.errors import OptionError
 Train = Literal["attention", "attention+norms", "all", "lora"]
 SELF = "self"
 TEXT_SUFFIXES = (".txt", ".raw", ".json", ".jsonl", ".parquet", ".safetensors")
-DEFAULT_STEPS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class HealConfig(CommonConfig):
     """Distinct tokens to take from each text, or to sample. None: what the steps use, at most 65,536 on a
     CPU and 4,194,304 with a GPU."""
     held_out_tokens: int | None = None
-    """Tokens that are measured and never trained on. None: a tenth, at most 8,192 on a CPU, 65,536 with a
+    """Tokens that are measured and never trained on. None: a tenth, at most 4,096 on a CPU, 65,536 with a
     GPU."""
     sequence_length: int | None = None
     """Tokens per block. None: 256 on a CPU, 1,024 with a GPU."""
@@ -45,8 +44,9 @@ class HealConfig(CommonConfig):
     """Steps of the optimiser. None: 200, or as many as --minutes allow."""
     minutes: float | None = None
     """Minutes of training (sampling and writing not counted), after which it ends, by the schedule."""
-    batch_size: int = 32
-    """Blocks per step, over all processes; the result does not depend on how many processes share them."""
+    batch_size: int | None = None
+    """Blocks per step, over all processes; the result does not depend on how many processes share them. None:
+    8 on a CPU, 32 with a GPU."""
     micro_batch_size: int | None = None
     """Blocks per forward pass of one process. None: 2,048 tokens on a CPU, 16,384 with a GPU."""
     learning_rate: float = 5e-4
@@ -68,7 +68,8 @@ class HealConfig(CommonConfig):
     lora_rank: int = 16
     """Of the adapters, with --train lora."""
     save_every: int | None = None
-    """Steps between checkpoints, each with a measurement on the held-out part. None: a tenth of the steps."""
+    """Steps between checkpoints, each with a measurement on the held-out part. None: a tenth of the steps, at
+    least 5."""
     patience: int = 5
     """Measurements without a better one before training ends early; 0: never."""
     gradient_checkpointing: bool = False

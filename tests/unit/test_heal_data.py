@@ -18,14 +18,19 @@ from care_mla.checkpoint.opening import open_source
 from care_mla.checkpoint.source import Source
 from care_mla.errors import CalibrationError, OptionError
 from care_mla.heal.data import Blocks, Corpus, split_corpus
-from care_mla.heal.memory import Sizes
+from care_mla.heal.sizes import Sizes
 from care_mla.heal.texts import TOKENS, Sampling, cut_blocks, load_corpora, read_blocks, text_file, tokenise
 from care_mla.heal_config import HealConfig
 from care_mla.workspace import Workspace
 
 from pico import pico_model, pico_text
 
-SIZES = Sizes(sequence_length=16, tokens=4096, held_out_tokens=256, micro_batch=4)
+
+def sizes_of(length: int, tokens: int, held_out: int) -> Sizes:
+    return Sizes(length, tokens, held_out, batch_size=4, micro_batch=4, steps=10, save_every=5)
+
+
+SIZES = sizes_of(16, 4096, 256)
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +102,11 @@ def test_a_long_text_is_tokenised_in_pieces_that_lose_nothing(source: Source, tm
 
 
 def test_more_text_than_wanted_gives_blocks_from_all_over_it() -> None:
-    blocks_BL = cut_blocks(torch.arange(100_000), Sizes(10, 1000, 10, 1))
+    blocks_BL = cut_blocks(torch.arange(100_000), sizes_of(10, 1000, 10))
     assert blocks_BL.shape == (100, 10)
     assert blocks_BL[:, 0].diff().unique().tolist() == [1000]
     # What fills no block is left out, and nothing is padded.
-    assert cut_blocks(torch.arange(49), Sizes(10, 1000, 10, 1)).shape == (4, 10)
+    assert cut_blocks(torch.arange(49), sizes_of(10, 1000, 10)).shape == (4, 10)
 
 
 def test_the_blocks_of_a_text_are_kept_and_found_again(source: Source, tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_the_hash_tells_ids_splits_and_shares_apart() -> None:
 def test_the_teacher_writes_what_it_is_asked_for_and_goes_on_after_a_stop(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = Sizes(sequence_length=8, tokens=48, held_out_tokens=8, micro_batch=2)
+    sizes = sizes_of(8, 48, 8)
     whole = corpora(source, tmp_path / "whole", "self", sizes=sizes)[0].blocks_BL
     assert whole.shape == (6, 8)
     assert not list((tmp_path / "whole/work/data").glob("self-*/"))
@@ -218,7 +223,7 @@ def test_sampled_text_serves_another_run_in_blocks_of_another_length(source: Sou
 def test_files_of_another_model_or_of_something_else_are_refused(source: Source, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({TOKENS: numbered(4, 318, 16)}, path)
-    with pytest.raises(CalibrationError, match="holds token 321, and .* has 320"):
+    with pytest.raises(CalibrationError, match=r"holds token 321, and .* has 320"):
         read_blocks(path, source, SIZES)
     save_file({"weights": numbered(4)}, path)
     with pytest.raises(CalibrationError, match="holds no tokens that care heal wrote"):

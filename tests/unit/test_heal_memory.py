@@ -11,10 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from care_mla.errors import OptionError
-from care_mla.families import facts_from_config
 from care_mla.heal.engine import Distiller
 from care_mla.heal.loss import LossWeights
-from care_mla.heal.memory import Sizes, count_parameters, memory_plan, plan_rows, resolve_sizes
+from care_mla.heal.memory import count_parameters, memory_plan, plan_rows
+from care_mla.heal.sizes import Sizes, resolve_sizes, settled
 from care_mla.heal.speed import flops_per_token, peak_flops
 from care_mla.heal.student import StudentFolder, choose_weights
 from care_mla.heal_config import HealConfig
@@ -48,24 +48,38 @@ def test_parameters_are_those_of_the_live_models(train: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "on_gpu", "expected"),
     [
-        ({}, False, Sizes(256, 65_536, 8_192, 8)),
-        ({}, True, Sizes(1024, 4_194_304, 65_536, 16)),
-        ({"steps": 20, "batch_size": 4}, False, Sizes(256, 20 * 4 * 256 + 8_192, 8_192, 4)),
-        ({"minutes": 5.0, "sequence_length": 512}, True, Sizes(512, 4_194_304, 65_536, 32)),
-        ({"tokens": 999, "held_out_tokens": 100, "micro_batch_size": 3}, True, Sizes(1024, 999, 100, 3)),
+        ({}, False, Sizes(256, 65_536, 4_096, 8, 8, 200, 20)),
+        ({}, True, Sizes(1024, 4_194_304, 65_536, 32, 16, 200, 20)),
+        ({"steps": 20, "batch_size": 4}, False, Sizes(256, 20 * 4 * 256 + 4_096, 4_096, 4, 4, 20, 5)),
+        (
+            {"minutes": 5.0, "sequence_length": 512},
+            True,
+            Sizes(512, 4_194_304, 65_536, 32, 32, None, 50),
+        ),
+        (
+            {"tokens": 999, "held_out_tokens": 100, "micro_batch_size": 3, "save_every": 7},
+            True,
+            Sizes(1024, 999, 100, 32, 3, 200, 7),
+        ),
     ],
 )
 def test_sizes_that_the_device_decides(
     changes: dict[str, Any], on_gpu: bool, expected: Sizes, tmp_path: Path
 ) -> None:
     facts = replace(pico(tmp_path)[0].training_facts, max_position_embeddings=8192)
-    assert resolve_sizes(facts, options(**changes), on_gpu=on_gpu) == expected
+    found = resolve_sizes(facts, options(**changes), on_gpu=on_gpu)
+    assert found == expected
+    # A recipe with these numbers in it means the same on another device.
+    again = resolve_sizes(facts, settled(options(**changes), found), on_gpu=not on_gpu)
+    assert replace(again, micro_batch=found.micro_batch) == found
 
 
 def test_sizes_stay_within_the_model_and_the_process(tmp_path: Path) -> None:
     facts = replace(pico(tmp_path)[0].training_facts, max_position_embeddings=128)
-    sizes = resolve_sizes(facts, options(), on_gpu=False, processes=4)
-    assert (sizes.sequence_length, sizes.micro_batch) == (128, 8)
+    sizes = resolve_sizes(facts, options(), on_gpu=False, processes=3)
+    assert (sizes.sequence_length, sizes.batch_size, sizes.micro_batch) == (128, 9, 3)
+    with pytest.raises(OptionError, match=r"--batch-size 8 .* over 3 processes\. Try --batch-size 9"):
+        resolve_sizes(facts, options(batch_size=8), on_gpu=False, processes=3)
 
 
 def test_what_costs_memory_and_what_saves_it(tmp_path: Path) -> None:
@@ -75,7 +89,7 @@ def test_what_costs_memory_and_what_saves_it(tmp_path: Path) -> None:
     def total(*, on_gpu: bool = True, shards: int = 1, **changes: Any) -> dict[str, int]:
         changed = replace(config, **changes)
         parameters = count_parameters(facts, folder.student_config(), facts, changed)
-        sizes = Sizes(256, 10**6, 1000, 8)
+        sizes = Sizes(256, 10**6, 1000, 8, 8, 100, 10)
         return memory_plan(facts, changed, sizes, parameters, on_gpu=on_gpu, shards=shards).memory
 
     plain = total()

@@ -1,4 +1,4 @@
-"""The student is the converted model in weights that train, and what it has learned fits back into the folder."""
+"""The student is the converted model in weights that train, and what it learns fits back into the folder."""
 # Shapes: D hidden_size, N query heads, H head_dim, R kv_lora_rank, M qk_nope_head_dim, P qk_rope_head_dim.
 
 from __future__ import annotations

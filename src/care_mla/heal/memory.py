@@ -11,37 +11,10 @@ from transformers import PreTrainedConfig
 from care_mla.facts import ModelFacts
 from care_mla.heal.lora import adapter_parameters
 from care_mla.heal.loss import rows_of_chunk
+from care_mla.heal.sizes import Sizes
 from care_mla.heal.student import is_trained, shape_of_student
-from care_mla.heal.trainer import planned_steps, save_every
 from care_mla.heal_config import HealConfig
 from care_mla.plan import BASE_BYTES, parameter_count
-
-CPU_TOKENS, GPU_TOKENS = 65_536, 4_194_304
-CPU_HELD_OUT, GPU_HELD_OUT = 8_192, 65_536
-CPU_LENGTH, GPU_LENGTH = 256, 1_024
-CPU_PASS, GPU_PASS = 2_048, 16_384
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Lengths and numbers that the options leave to the device."""
-
-    sequence_length: int
-    tokens: int
-    held_out_tokens: int
-    micro_batch: int
-
-
-def resolve_sizes(facts: ModelFacts, config: HealConfig, *, on_gpu: bool, processes: int = 1) -> Sizes:
-    """The options, or their defaults for the device and the steps."""
-    length = config.sequence_length or (GPU_LENGTH if on_gpu else CPU_LENGTH)
-    length = min(length, facts.max_position_embeddings)
-    held_out = config.held_out_tokens or (GPU_HELD_OUT if on_gpu else CPU_HELD_OUT)
-    steps = planned_steps(config)
-    most = GPU_TOKENS if on_gpu else CPU_TOKENS
-    used = most if steps is None else min(most, steps * config.batch_size * length + held_out)
-    micro = config.micro_batch_size or max(1, (GPU_PASS if on_gpu else CPU_PASS) // length)
-    return Sizes(length, config.tokens or used, held_out, min(micro, config.batch_size // processes))
 
 
 class Parameters(NamedTuple):
@@ -145,15 +118,14 @@ def memory_plan(
 
 def plan_rows(plan: MemoryPlan, config: HealConfig, sizes: Sizes, processes: int) -> list[list[object]]:
     """The table that is shown before training."""
-    steps = planned_steps(config)
-    per_step = config.batch_size * sizes.sequence_length
+    steps, per_step = sizes.steps, sizes.tokens_per_step
     return [
         ["trained", f"{plan.trained:,} of {plan.parameters:,} ({config.train})"],
         ["steps", f"{steps:,}" if steps else f"as many as {config.minutes:g} minutes allow"],
-        ["tokens per step", f"{per_step:,} ({config.batch_size} x {sizes.sequence_length})"],
+        ["tokens per step", f"{per_step:,} ({sizes.batch_size} x {sizes.sequence_length})"],
         ["tokens in all", f"{steps * per_step:,}" if steps else "-"],
         ["distinct tokens of each text", f"up to {sizes.tokens:,}"],
-        ["checkpoint", f"every {save_every(config):,} steps"],
+        ["checkpoint", f"every {sizes.save_every:,} steps"],
         ["processes", processes],
         ["memory of each", _gib(plan.memory_bytes)],
         *[[f"  {part}", _gib(nbytes)] for part, nbytes in plan.memory.items()],

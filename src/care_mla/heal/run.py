@@ -12,14 +12,14 @@ from care_mla import console as terminal
 from care_mla.calibrate.sample import load_model
 from care_mla.checkpoint.writer import require_disk
 from care_mla.device import peak_memory
-from care_mla.errors import OptionError
 from care_mla.heal.checkpoints import Checkpoints, RunState
 from care_mla.heal.curves import write_curves
 from care_mla.heal.data import Blocks
 from care_mla.heal.engine import Distiller, is_sharded, make_accelerator, place
 from care_mla.heal.loss import LossWeights
-from care_mla.heal.memory import MemoryPlan, Sizes, count_parameters, memory_plan, plan_rows, resolve_sizes
+from care_mla.heal.memory import MemoryPlan, count_parameters, memory_plan, plan_rows
 from care_mla.heal.opening import Opened, check_student, open_all
+from care_mla.heal.sizes import Sizes, resolve_sizes, settled
 from care_mla.heal.speed import flops_per_token, peak_flops
 from care_mla.heal.student import choose_weights
 from care_mla.heal.texts import load_corpora
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 # Options that change no weight of the result, or that follow from others.
 NOT_IN_STAMP = (
-    *("quiet", "json", "model", "output", "teacher", "data", "tokens", "held_out_tokens", "sequence_length"),
+    *("quiet", "json", "model", "output", "teacher", "data", "tokens", "held_out_tokens"),
     *("micro_batch_size", "gradient_checkpointing", "compile", "shard", "plan", "dtype", "work", "recipe"),
     *("overwrite", "trust_remote_code", "device"),
 )
@@ -54,6 +54,7 @@ def heal(config: HealConfig) -> dict[str, Any] | None:
     accelerator = make_accelerator(config, workspace.path("trackers"))
     terminal.set_quiet(config.quiet or not accelerator.is_main_process)
     sizes, planned = _plan(opened, config, accelerator)
+    config = settled(config, sizes)
     if config.plan:
         return planned.as_json() if accelerator.is_main_process else None
     # What an interrupted run has written already needs no room again.
@@ -66,7 +67,7 @@ def heal(config: HealConfig) -> dict[str, Any] | None:
     )
     blocks = Blocks(load_corpora(opened.teacher, config, workspace, accelerator, sizes), config.seed)
     with accelerator.main_process_first():
-        workspace.claim("heal", _stamp(config, opened, blocks, sizes))
+        workspace.claim("heal", _stamp(config, opened, blocks))
     checkpoints = Checkpoints(workspace)
     state, speed = _train(opened, blocks, config, accelerator, checkpoints, sizes)
     if not accelerator.is_main_process:
@@ -80,7 +81,7 @@ def heal(config: HealConfig) -> dict[str, Any] | None:
             "more text"
         )
     history = {
-        "tokens_per_step": config.batch_size * blocks.length,
+        "tokens_per_step": sizes.tokens_per_step,
         "best_step": step,
         "held_out": {"before": kl_before, "after": kl},
         "held_out_cross_entropy": {"before": cross_entropy_before, "after": cross_entropy},
@@ -106,17 +107,8 @@ def heal(config: HealConfig) -> dict[str, Any] | None:
 
 
 def _plan(opened: Opened, config: HealConfig, accelerator: Accelerator) -> tuple[Sizes, MemoryPlan]:
-    """Settle lengths and numbers, and show what they take.
-
-    Raises:
-        OptionError: the batch cannot be shared evenly.
-    """
+    """Settle lengths and numbers, and show what they take."""
     processes, on_gpu = accelerator.num_processes, accelerator.device.type == "cuda"
-    if config.batch_size % processes:
-        raise OptionError(
-            f"--batch-size {config.batch_size} cannot be split evenly over {processes} processes. Try "
-            f"--batch-size {processes * -(-config.batch_size // processes)}"
-        )
     facts = opened.folder.training_facts
     sizes = resolve_sizes(facts, config, on_gpu=on_gpu, processes=processes)
     planned = memory_plan(
@@ -134,14 +126,13 @@ def _plan(opened: Opened, config: HealConfig, accelerator: Accelerator) -> tuple
     return sizes, planned
 
 
-def _stamp(config: HealConfig, opened: Opened, blocks: Blocks, sizes: Sizes) -> dict[str, Any]:
+def _stamp(config: HealConfig, opened: Opened, blocks: Blocks) -> dict[str, Any]:
     """Everything that the checkpoints of a run depend on."""
     options = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_IN_STAMP}
     return {
         "model": opened.folder.fingerprint(),
         "teacher": opened.teacher.fingerprint(),
         "data": blocks.content_hash,
-        "sequence_length": sizes.sequence_length,
         **options,
     }
 
@@ -168,7 +159,7 @@ def _train(
     weights = LossWeights(config.cross_entropy, config.beta, config.temperature)
     model = place(Distiller(student, teacher, weights, config.hidden_states), accelerator, config)
     accelerator.init_trackers("care-heal")
-    state = train(model, blocks, config, accelerator, checkpoints, micro_batch=sizes.micro_batch)
+    state = train(model, blocks, config, accelerator, checkpoints, sizes)
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     peak = peak_flops(name)

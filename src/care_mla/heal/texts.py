@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from care_mla.checkpoint.source import Source
-    from care_mla.heal.memory import Sizes
+    from care_mla.heal.sizes import Sizes
 
 TOKENS = "tokens_BL"
 STORED = ".safetensors"

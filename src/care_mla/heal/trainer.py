@@ -20,12 +20,11 @@ from care_mla.errors import CareError
 from care_mla.heal.checkpoints import Checkpoints, RunState
 from care_mla.heal.data import Blocks
 from care_mla.heal.engine import gradients_stay, optimizer_tensors, restore, trained_parameters, whole
-from care_mla.heal_config import DEFAULT_STEPS, HealConfig
+from care_mla.heal.sizes import Sizes
+from care_mla.heal_config import HealConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-DEFAULT_SAVE_EVERY = 50  # with --minutes alone, where the number of steps is not known
 
 
 def train(
@@ -34,14 +33,12 @@ def train(
     config: HealConfig,
     accelerator: Accelerator,
     checkpoints: Checkpoints,
-    *,
-    micro_batch: int,
+    sizes: Sizes,
 ) -> RunState:
     """Train until the steps or the minutes are over, or the held-out KL has stopped falling.
 
     Args:
         model: a placed `Distiller`.
-        micro_batch: blocks of one forward pass.
 
     Raises:
         CareError: the loss is no number any more.
@@ -58,7 +55,7 @@ def train(
     _check_agreement(state, accelerator, checkpoints)
 
     def measure_and_save() -> None:
-        state.held_out.append((state.step, *held_out_losses(model, blocks, accelerator, micro_batch)))
+        state.held_out.append((state.step, *held_out_losses(model, blocks, accelerator, sizes.micro_batch)))
         weights = {name: whole(parameter) for name, parameter in parameters.items()}
         moments = optimizer_tensors(optimizer, parameters)
         if accelerator.is_main_process:
@@ -67,15 +64,15 @@ def train(
 
     if not state.held_out:
         measure_and_save()
-    share = config.batch_size // accelerator.num_processes
-    with Progress(config, state) as progress:
-        while not is_over(state, config):
+    share = sizes.batch_size // accelerator.num_processes
+    with Progress(config, sizes, state) as progress:
+        while not is_over(state, config, sizes):
             start = time.perf_counter()
-            set_learning_rate(optimizer, state, config)
-            first = state.step * config.batch_size + accelerator.process_index * share
+            set_learning_rate(optimizer, state, config, sizes)
+            first = state.step * sizes.batch_size + accelerator.process_index * share
             sums = torch.zeros(3, device=accelerator.device)
-            for micro, (place, count) in enumerate(micro_batches(share, micro_batch), start=1):
-                is_last = micro == math.ceil(share / micro_batch)
+            for micro, (place, count) in enumerate(micro_batches(share, sizes.micro_batch), start=1):
+                is_last = micro == math.ceil(share / sizes.micro_batch)
                 tokens_BL = blocks.batch(first + place, count).to(accelerator.device)
                 # Gradients travel between processes once per step.
                 with gradients_stay(model, accelerator, stay=not is_last):
@@ -97,7 +94,7 @@ def train(
                 "cross_entropy": cross_entropy,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "gradient_norm": whole(norm).item(),
-                "tokens_per_second": config.batch_size * blocks.length / seconds,
+                "tokens_per_second": sizes.tokens_per_step / seconds,
             }
             if not math.isfinite(loss):
                 raise CareError(
@@ -107,7 +104,7 @@ def train(
                 )
             state.steps.append(row)
             accelerator.log({f"heal/{key}": value for key, value in row.items()}, step=state.step)
-            if state.step % save_every(config) == 0 or is_over(state, config):
+            if state.step % sizes.save_every == 0 or is_over(state, config, sizes):
                 measure_and_save()
                 accelerator.log({"heal/held_out_kl": state.held_out[-1][1]}, step=state.step)
             progress.show(row)
@@ -145,39 +142,28 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=is_fused or None)
 
 
-def planned_steps(config: HealConfig) -> int | None:
-    """Steps that end the run; None where only time does."""
-    return config.steps or (None if config.minutes else DEFAULT_STEPS)
-
-
-def save_every(config: HealConfig) -> int:
-    """Steps between checkpoints."""
-    steps = planned_steps(config)
-    return config.save_every or (max(1, steps // 10) if steps else DEFAULT_SAVE_EVERY)
-
-
-def is_over(state: RunState, config: HealConfig) -> bool:
+def is_over(state: RunState, config: HealConfig, sizes: Sizes) -> bool:
     """Whether training ends here: by steps, by time, or because it does not get better."""
-    steps = planned_steps(config)
     is_stale = bool(config.patience) and state.measurements_since_best >= config.patience
     return (
-        (steps is not None and state.step >= steps)
+        (sizes.steps is not None and state.step >= sizes.steps)
         or (config.minutes is not None and state.elapsed >= 60 * config.minutes)
         or is_stale
     )
 
 
-def done_share(state: RunState, config: HealConfig, ahead: float = 0.0) -> float:
+def done_share(state: RunState, config: HealConfig, sizes: Sizes, ahead: float = 0.0) -> float:
     """How much of the run is over, from 0 to 1; `ahead` steps further on."""
-    steps = planned_steps(config)
-    by_steps = (state.step + ahead) / steps if steps else 0.0
+    by_steps = (state.step + ahead) / sizes.steps if sizes.steps else 0.0
     by_time = state.elapsed / (60 * config.minutes) if config.minutes else 0.0
     return min(1.0, max(by_steps, by_time))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, state: RunState, config: HealConfig) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, state: RunState, config: HealConfig, sizes: Sizes
+) -> None:
     """Linear warm-up, then a cosine to 0, of the middle of the coming step."""
-    done = done_share(state, config, ahead=0.5)
+    done = done_share(state, config, sizes, ahead=0.5)
     if done < config.warmup:
         factor = done / config.warmup
     else:
@@ -218,15 +204,14 @@ def held_out_losses(
 class Progress:
     """The bar: loss, KL, tokens per second, time left."""
 
-    def __init__(self, config: HealConfig, state: RunState) -> None:
-        self.config, self.state = config, state
-        self.steps = planned_steps(config)
-        total = self.steps or math.ceil(60 * (config.minutes or 0))
+    def __init__(self, config: HealConfig, sizes: Sizes, state: RunState) -> None:
+        self.config, self.sizes, self.state = config, sizes, state
+        total = sizes.steps or math.ceil(60 * (config.minutes or 0))
         self._context = terminal.current().progress("Healing", total)
 
     def __enter__(self) -> Progress:
         self._progress = self._context.__enter__()
-        self._first, self._begun = done_share(self.state, self.config), time.perf_counter()
+        self._first, self._begun = done_share(self.state, self.config, self.sizes), time.perf_counter()
         if self.state.step:
             self._progress.advance(self._position(), "as the checkpoint has it")
         return self
@@ -236,7 +221,7 @@ class Progress:
 
     def show(self, row: dict[str, float]) -> None:
         """Show a step that is done."""
-        share = done_share(self.state, self.config)
+        share = done_share(self.state, self.config, self.sizes)
         passed = time.perf_counter() - self._begun
         left = passed * (1 - share) / max(1e-9, share - self._first)
         step, kl, _ = self.state.held_out[-1]
@@ -247,4 +232,4 @@ class Progress:
         self._progress.advance(self._position() - self._progress.done, text)
 
     def _position(self) -> int:
-        return self.state.step if self.steps else int(self.state.elapsed)
+        return self.state.step if self.sizes.steps else int(self.state.elapsed)

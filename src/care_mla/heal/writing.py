@@ -109,7 +109,7 @@ def _card(
     before, after = (history["held_out"][key] for key in ("before", "after"))
     healed = (
         f"{WHAT[config.train]} were then trained towards the original for {history['best_step']} steps of "
-        f"{config.batch_size * blocks.length:,} tokens on {texts}; KL to it on held-out text went from "
+        f"{history['tokens_per_step']:,} tokens on {texts}; KL to it on held-out text went from "
         f"{before:.4g} to {after:.4g} nats per token."
     )
     others = "" if config.train == "all" else " All other weights are the original's."
