@@ -21,6 +21,7 @@ from care_mla.configs import (
     VerifyConfig,
 )
 from care_mla.export_config import ExportConfig
+from care_mla.heal_config import HealConfig
 
 CONFIGS = {
     "inspect": InspectConfig,
@@ -28,6 +29,7 @@ CONFIGS = {
     "convert": ConvertConfig,
     "compare": CompareConfig,
     "evaluate": EvaluateConfig,
+    "heal": HealConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
     "demo": DemoConfig,
@@ -43,6 +45,12 @@ OPTIONS = {
     "convert": f"{CALIBRATION} rope_table biases {MATCHING} form method profile output overwrite",
     "compare": f"{CALIBRATION} methods form perplexity block max_tokens",
     "evaluate": "quiet json models perplexity block max_tokens device trust_remote_code",
+    "heal": (
+        "quiet json model output teacher data tokens held_out_tokens sequence_length train steps minutes "
+        "batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm beta temperature "
+        "cross_entropy hidden_states lora_rank save_every patience gradient_checkpointing compile shard plan "
+        "dtype seed device work recipe overwrite trust_remote_code"
+    ),
     "export": "quiet json model output profile quantization kv_lora_rank overwrite",
     "verify": "quiet json model engine",
     "demo": "quiet json folder overwrite",
@@ -56,10 +64,12 @@ def test_public_names() -> None:
         "CompareConfig",
         "ConvertConfig",
         "ExportConfig",
+        "HealConfig",
         "VerifyConfig",
         "compare",
         "convert",
         "export_model",
+        "heal",
         "verify",
     ]
 

@@ -9,21 +9,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from care_mla.errors import CareError
 from care_mla.heal.checkpoints import Checkpoints, RunState
-from care_mla.heal.data import Blocks, split_corpus
-from care_mla.heal.engine import Distiller, place
-from care_mla.heal.loss import LossWeights
-from care_mla.heal.sizes import Sizes
-from care_mla.heal.student import StudentFolder, choose_weights
-from care_mla.heal.trainer import is_over, make_optimizer, set_learning_rate, train
+from care_mla.heal.trainer import is_over, make_optimizer, set_learning_rate
 from care_mla.heal_config import HealConfig
 from care_mla.workspace import Workspace
-from export_cases import export, token_ids
-from latent_models import load
+from export_cases import export
+from heal_cases import curve, options, run, sizes_of
 
 
 class Models(NamedTuple):
@@ -39,35 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(export(folder, tokenizer=False).folder, folder / "source")
 
 
-def options(**changes: Any) -> HealConfig:
-    defaults: dict[str, Any] = {
-        "model": Path("OUT"), "output": Path("HEALED"), "teacher": "demo",
-        "steps": 6, "batch_size": 4, "save_every": 2, "learning_rate": 1e-3,
-    }  # fmt: skip
-    return HealConfig(**(defaults | changes))
-
-
-def sizes_of(config: HealConfig, micro_batch: int = 2) -> Sizes:
-    """Of blocks of 12 tokens."""
-    assert config.batch_size is not None
-    return Sizes(12, 480, 48, config.batch_size, micro_batch, config.steps, config.save_every or 2)
-
-
-def run(models: Models, folder: Path, *, micro_batch: int = 2, **changes: Any) -> RunState:
-    config = options(**changes)
-    student = StudentFolder(models.folder).load_student()
-    choose_weights(student, config.train, config.lora_rank, config.seed)
-    weights = LossWeights(config.cross_entropy, config.beta, config.temperature)
-    accelerator = Accelerator(cpu=True)
-    distiller = Distiller(student, load(models.original), weights, config.hidden_states)
-    model = place(distiller, accelerator, config)
-    blocks = Blocks([split_corpus("t", 1.0, token_ids(40, 12).int(), 4, 0)], config.seed)
-    checkpoints = Checkpoints(Workspace(folder))
-    return train(model, blocks, config, accelerator, checkpoints, sizes_of(config, micro_batch))
-
-
-def curve(state: RunState) -> list[float]:
-    return [row["loss"] for row in state.steps] + [kl for _, kl, _ in state.held_out]
+def run_models(models: Models, folder: Path, **changes: Any) -> RunState:
+    return run(models.folder, models.original, folder, **changes)[0]
 
 
 def without_time(state: RunState) -> list[dict[str, float]]:
@@ -76,7 +43,7 @@ def without_time(state: RunState) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def whole(models: Models, tmp_path_factory: pytest.TempPathFactory) -> RunState:
-    return run(models, tmp_path_factory.mktemp("whole"))
+    return run_models(models, tmp_path_factory.mktemp("whole"))
 
 
 def test_it_learns_and_says_how(whole: RunState) -> None:
@@ -89,12 +56,14 @@ def test_it_learns_and_says_how(whole: RunState) -> None:
 
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_micro_batches_change_nothing(size: int, whole: RunState, models: Models, tmp_path: Path) -> None:
-    found = run(models, tmp_path, micro_batch=size)
+    found = run_models(models, tmp_path, micro_batch=size)
     assert curve(found) == pytest.approx(curve(whole), rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(whole: RunState, models: Models, tmp_path: Path) -> None:
-    assert curve(run(models, tmp_path, gradient_checkpointing=True)) == pytest.approx(curve(whole), rel=1e-5)
+    assert curve(run_models(models, tmp_path, gradient_checkpointing=True)) == pytest.approx(
+        curve(whole), rel=1e-5
+    )
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
@@ -109,23 +78,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(models, tmp_path)
-    again = run(models, tmp_path)
+            run_models(models, tmp_path)
+    again = run_models(models, tmp_path)
     assert without_time(again) == without_time(whole)
     assert again.held_out == whole.held_out
     # One that is done is not trained again.
-    assert run(models, tmp_path) == again
+    assert run_models(models, tmp_path) == again
 
 
 def test_another_seed_is_another_order(whole: RunState, models: Models, tmp_path: Path) -> None:
-    other = run(models, tmp_path, seed=1)
+    other = run_models(models, tmp_path, seed=1)
     assert other.held_out[0] == whole.held_out[0]
     assert curve(other)[0] != curve(whole)[0]
 
 
 def test_a_diverged_training_is_said(models: Models, tmp_path: Path) -> None:
     with pytest.raises(CareError, match=r"loss is nan at step .*lower --learning-rate than 1e\+30"):
-        run(models, tmp_path, learning_rate=1e30, warmup=0.0, max_grad_norm=1e30)
+        run_models(models, tmp_path, learning_rate=1e30, warmup=0.0, max_grad_norm=1e30)
     found = Checkpoints(Workspace(tmp_path)).newest()
     assert found is not None
     assert found[0].step == 0
@@ -133,7 +102,7 @@ def test_a_diverged_training_is_said(models: Models, tmp_path: Path) -> None:
 
 def test_it_ends_when_it_gets_no_better(models: Models, tmp_path: Path) -> None:
     # With nothing to gain: the student is trained away from the teacher, towards random labels.
-    state = run(
+    state = run_models(
         models, tmp_path, beta=0.0, cross_entropy=1.0, learning_rate=0.03, patience=2, save_every=1, steps=50
     )
     best = state.best[0]

@@ -14,7 +14,7 @@ CPU_LENGTH, GPU_LENGTH = 256, 1_024
 CPU_BATCH, GPU_BATCH = 8, 32
 CPU_PASS, GPU_PASS = 2_048, 16_384
 DEFAULT_STEPS = 200
-# With --minutes alone the number of steps is not known; of few steps, each would take less than a measurement.
+# With --minutes alone the number of steps is not known; a step takes less time than measuring does.
 SAVE_EVERY, LEAST_SAVE_EVERY = 50, 5
 
 

@@ -17,7 +17,7 @@ from care_mla.checkpoint.writer import atomic_folder
 from care_mla.configs import VerifyConfig
 from care_mla.export.card import CARD, Card, write_card
 from care_mla.export.verify import SOURCE_CONFIG, store_reference, verify
-from care_mla.heal.curves import write_curves
+from care_mla.heal.curves import FIGURE, write_curves
 from care_mla.heal.data import Blocks
 from care_mla.heal.lora import merged
 from care_mla.heal.opening import Opened
@@ -113,10 +113,11 @@ def _card(
         f"{before:.4g} to {after:.4g} nats per token."
     )
     others = "" if config.train == "all" else " All other weights are the original's."
+    curves = f"\n\n![KL to the original over training]({CARD.parent / FIGURE})"
     return replace(
         card,
         name=config.output.name,
-        healed=healed + others,
+        healed=healed + others + curves,
         kl_held_out=after,
         perplexity=None,
         needs_healing=(),

@@ -1,0 +1,28 @@
+"""What two processes do in tests/e2e/test_heal.py: torchrun ... heal_processes.py FOLDER OPTIONS.
+
+First a training with a copy of the weights in each process (DDP), then `care heal --shard` as a user types it
+(FSDP2). The folder holds OUT and its original, `model`; the first process writes `ddp.json`, and the command
+`shard.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed import get_backend, get_world_size
+
+from care_mla.cli.main import main
+from care_mla.workspace import write_json
+from heal_cases import curve, run
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.chdir(sys.argv[1])
+    state, checkpoints = run(Path("OUT"), Path("model"), Path("ddp"))
+    assert (get_world_size(), get_backend()) == (2, "gloo")
+    if os.environ["RANK"] == "0":
+        write_json(Path("ddp.json"), {"curve": curve(state), "step": state.best[0]})
+    raise SystemExit(main(["heal", "OUT", "SHARDED", "--shard", "--json", "shard.json", *sys.argv[2:]]))
