@@ -21,7 +21,7 @@ _MODULES = {
     "compare": "care_mla.evaluate.compare",
     "convert": "care_mla.pipeline",
     "export_model": "care_mla.export.run",
-    "heal": "care_mla.heal.run",
+    "heal_model": "care_mla.heal.run",
     "verify": "care_mla.export.verify",
 }
 

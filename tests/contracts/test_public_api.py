@@ -69,7 +69,7 @@ def test_public_names() -> None:
         "compare",
         "convert",
         "export_model",
-        "heal",
+        "heal_model",
         "verify",
     ]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from care_mla import CompareConfig, ConvertConfig, HealConfig, compare, convert, heal
+from care_mla import CompareConfig, ConvertConfig, HealConfig, compare, convert, heal_model
 from care_mla.configs import Form
 from trained import trained_model
 
@@ -75,7 +75,7 @@ def test_a_norm_that_is_approximated_needs_healing(trained: Trained, form: Form)
 
 def check_that_it_heals(trained: Trained) -> None:
     """Thirty steps bring a stock model that needs healing nearer to its original, and its card says so."""
-    body = heal(
+    body = heal_model(
         HealConfig(
             model=trained.folder.with_name("decoupled"),
             output=trained.folder.with_name("healed"),

@@ -16,9 +16,9 @@ def run(arguments: list[str]) -> int:
     """Run the command; returns its exit code: 3 where the written model fails its check."""
     start = time.perf_counter()
     config = parse(HealConfig, "heal", arguments)
-    from care_mla.heal.run import heal
+    from care_mla.heal.run import heal_model
 
-    body = heal(config)
+    body = heal_model(config)
     if body is None:  # of several processes, the first one speaks
         return 0
     if not config.plan:

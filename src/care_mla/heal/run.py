@@ -1,4 +1,4 @@
-"""`heal`: the order of the steps. Checks, tokens, training, then the folder in the profile that it had."""
+"""`care heal`, step by step: checks, tokens, training, then the folder in the profile that it had."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NOT_IN_STAMP = (
 )
 
 
-def heal(config: HealConfig) -> dict[str, Any] | None:
+def heal_model(config: HealConfig) -> dict[str, Any] | None:
     """Train a converted model towards its original and write it; returns the result for JSON.
 
     Started by `accelerate launch` or `torchrun`, every process returns, and the first alone has a result.

@@ -55,7 +55,9 @@ def train(
     _check_agreement(state, accelerator, checkpoints)
 
     def measure_and_save() -> None:
-        state.held_out.append((state.step, *held_out_losses(model, blocks, accelerator, sizes.micro_batch)))
+        kl, cross_entropy = held_out_losses(model, blocks, accelerator, sizes.micro_batch)
+        state.held_out.append((state.step, kl, cross_entropy))
+        terminal.current().note(f"KL on held-out text at step {state.step}: {kl:.4f}")
         weights = {name: whole(parameter) for name, parameter in parameters.items()}
         moments = optimizer_tensors(optimizer, parameters)
         if accelerator.is_main_process:
@@ -224,10 +226,9 @@ class Progress:
         share = done_share(self.state, self.config, self.sizes)
         passed = time.perf_counter() - self._begun
         left = passed * (1 - share) / max(1e-9, share - self._first)
-        step, kl, _ = self.state.held_out[-1]
         text = (
-            f"loss {row['loss']:.4f}  KL {row['kl']:.4f}  held-out KL {kl:.4f} (step {step})  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  {left / 60:.1f} min left"
+            f"loss {row['loss']:.3f}  KL {row['kl']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
+            f"{left / 60:.1f} min left"
         )
         self._progress.advance(self._position() - self._progress.done, text)
 
