@@ -127,7 +127,7 @@ class _Distillation(torch.autograd.Function):
                 cross_entropy, kl, gradient_CS = chunk_loss(
                     (states_CD @ head_SD.T).float(),
                     (teacher_TD[chunk] @ head_of_teacher_SD.T).float(),
-                    labels_T[chunk],
+                    labels_T[chunk].clone(),  # of its own: torch.compile tells offsets into one tensor apart
                     weights,
                 )
                 sums_2 += torch.stack((cross_entropy, kl))

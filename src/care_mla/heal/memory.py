@@ -105,6 +105,8 @@ def memory_plan(
         "AdamW's moments": 8 * trained // shards,
         "activations": width * tokens * activations,
         "logits of a chunk": 6 * 4 * rows * facts.vocab_size,
+        # A GPU's are copied to the machine's memory.
+        "copies for a checkpoint": 0 if on_gpu else 12 * trained,
         "Python and torch": BASE_BYTES,
     }
     # The two newest, the best of each, and one that is being written.
