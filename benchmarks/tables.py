@@ -190,8 +190,41 @@ def matching() -> str:
     return markdown([*columns, "CPU seconds of matching"], rows)
 
 
+def matching_trials() -> str:
+    """How block matching was set up: what was tried, on some of the layers."""
+    (result,) = read("healing/trials.json")
+    rows = [
+        [
+            row["layers"],
+            f"{row['qk_rope_head_dim']} + {row['kv_lora_rank']}",
+            row["optimizer"],
+            row["loss"],
+            f"{row['learning_rate']:g}" if row["learning_rate"] else "-",
+            f"{row['beta2']:g}",
+            f"{row['batch_tokens']:,}",
+            f"{row['tokens']:,}",
+            f"{row['stream_error']:.5f}",
+            f"{row['perplexity_ratio']:.3f}" if row["perplexity_ratio"] else "-",
+        ]
+        for row in result["rows"]
+    ]
+    columns = [
+        "layers",
+        "P + R",
+        "optimizer",
+        "loss",
+        "learning rate",
+        "beta2",
+        "batch",
+        "tokens",
+        "mean e after",
+    ]
+    return markdown([*columns, "perplexity"], rows)
+
+
 TABLES = {
     "matching": matching,
+    "matching-trials": matching_trials,
     "llama-cpp": llama_cpp,
     "one-shot-0.5": lambda: one_shot("0.5"),
     "one-shot-0.25": lambda: one_shot("0.25"),
