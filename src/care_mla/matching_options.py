@@ -13,7 +13,7 @@ class MatchingOptions:
 
     match_steps: int = 0
     """Steps of training for each converted attention, layer by layer, so that the stream after it is the
-    original's again. 0: none; 40 take minutes on a CPU for a small model."""
+    original's again. 0: none; 96 take minutes on a CPU for a small model."""
     match_tokens: int | None = None
     """Tokens that --match-steps trains on, of the same text. None: 512 a step, all different."""
 
@@ -31,5 +31,5 @@ class MatchingOptions:
         if self.match_tokens is not None and self.match_steps == 0:
             raise OptionError(
                 f"--match-tokens {self.match_tokens} has no effect without --match-steps. Add --match-steps "
-                "40, or leave it out."
+                "96, or leave it out."
             )
