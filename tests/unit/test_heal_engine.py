@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from care_mla.errors import OptionError
 from care_mla.heal.engine import (
     Distiller,
+    copies,
     make_accelerator,
     optimizer_tensors,
     place,
@@ -72,8 +73,9 @@ def test_an_optimiser_comes_back_to_the_bit(tmp_path: Path) -> None:
         optimizer.zero_grad()
     others = trained_parameters(second)
     other = torch.optim.AdamW(others.values(), lr=1e-3)
-    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    restore(other, others, weights, optimizer_tensors(optimizer, parameters))
+    accelerator = make_accelerator(options(), tmp_path)
+    moments = copies(optimizer_tensors(optimizer, parameters), accelerator)
+    restore(other, others, copies(parameters, accelerator), moments)
     for model, opt in ((first, optimizer), (second, other)):
         model(token_ids(seed=5)).total.backward()
         opt.step()

@@ -136,7 +136,7 @@ def place(distiller: Distiller, accelerator: Accelerator, config: HealConfig) ->
     distiller.train()
     reduced = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     if is_sharded(config, accelerator):
-        _shard(distiller.float(), device, reduced)
+        _shard(distiller, device, reduced)
     else:
         share_frozen_weights(student, teacher)
         moved: dict[int, Tensor] = {}  # by the address of the weight, which both models may hold
@@ -170,6 +170,10 @@ def _shard(distiller: Distiller, device: torch.device, reduced: torch.dtype | No
 
     mesh = init_device_mesh(device.type, (get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32)
+    # Weights that are gathered together must have one type.
+    distiller.float()
+    for layer in distiller.teacher.model.layers:
+        layer.to(reduced)
     for layer in (*distiller.student.model.layers, *distiller.teacher.model.layers):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Embeddings, final norms and heads are gathered for the whole forward pass, where the loss needs them.
@@ -216,9 +220,18 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, gathered from all processes if it is spread; all of them must call it."""
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().cpu().clone()
+    """The tensor gathered from all processes, if it is spread over them; all of them must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(tensors: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Whole copies on the CPU in the first process, nothing in the others; all of them must call it."""
+    result = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor).detach()
+        if accelerator.is_main_process:
+            result[name] = gathered.cpu().clone()
+    return result
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
@@ -232,7 +245,7 @@ def optimizer_tensors(
 ) -> dict[str, Tensor]:
     """The optimiser's state, as `NAME::KEY`; empty before its first step."""
     return {
-        f"{name}::{key}": whole(value)
+        f"{name}::{key}": value
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }

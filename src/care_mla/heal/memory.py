@@ -45,11 +45,12 @@ def count_parameters(
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of one process, by part, and of the disk."""
+    """Bytes of one process, by part, and of the disk; `machine` is what it needs beside a GPU's memory."""
 
     parameters: int
     trained: int
     memory: dict[str, int]
+    machine: dict[str, int]
     disk: dict[str, int]
 
     @property
@@ -86,8 +87,15 @@ def memory_plan(
     """
     width = 2 if on_gpu else 4
     trained = parameters.trained
-    if shards > 1:  # FSDP2 keeps everything in float32, and no weight twice for both models
-        held = 4 * (parameters.student + parameters.teacher + (trained if config.train == "lora" else 0))
+    ends = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
+    gathered = 0
+    if shards > 1:
+        # The student is float32, and no weight is held for both models.
+        held = 4 * (parameters.student + ends) + width * (parameters.teacher - ends)
+        held += 4 * trained if config.train == "lora" else 0
+        # Embeddings and heads stay gathered for a pass, with their gradients; layers come two at a time.
+        layer = (parameters.student - ends) // facts.num_hidden_layers
+        gathered = 2 * width * (ends + layer) + (4 * ends if config.train == "all" else 0)
     else:
         # What is frozen in the student is the teacher's, and is held once; what trains is cast on a GPU.
         held = (4 + (2 if on_gpu else 0)) * trained + width * parameters.teacher
@@ -101,13 +109,17 @@ def memory_plan(
     rows = rows_of_chunk(tokens, facts.vocab_size, "cuda" if on_gpu else "cpu")
     memory = {
         "weights of both models": held // shards,
+        "weights gathered for a pass": gathered,
         "gradients": 4 * trained // shards,
         "AdamW's moments": 8 * trained // shards,
         "activations": width * tokens * activations,
         "logits of a chunk": 6 * 4 * rows * facts.vocab_size,
-        # A GPU's are copied to the machine's memory.
-        "copies for a checkpoint": 0 if on_gpu else 12 * trained,
+        "copy for a checkpoint": 0 if on_gpu else 12 * trained,
         "Python and torch": BASE_BYTES,
+    }
+    machine = {
+        "both models, while they are read": 4 * parameters.student + width * parameters.teacher,
+        "copy for a checkpoint, of the first process": 12 * trained,
     }
     # The two newest, the best of each, and one that is being written.
     disk = {
@@ -115,7 +127,13 @@ def memory_plan(
         "tokens": 8 * sizes.tokens * len(config.sources()),
         "output": itemsize * parameters.student,
     }
-    return MemoryPlan(parameters=parameters.student, trained=trained, memory=memory, disk=disk)
+    return MemoryPlan(
+        parameters=parameters.student,
+        trained=trained,
+        memory=memory,
+        machine=machine if on_gpu else {},
+        disk=disk,
+    )
 
 
 def plan_rows(plan: MemoryPlan, config: HealConfig, sizes: Sizes, processes: int) -> list[list[object]]:
@@ -130,7 +148,8 @@ def plan_rows(plan: MemoryPlan, config: HealConfig, sizes: Sizes, processes: int
         ["checkpoint", f"every {sizes.save_every:,} steps"],
         ["processes", processes],
         ["memory of each", _gib(plan.memory_bytes)],
-        *[[f"  {part}", _gib(nbytes)] for part, nbytes in plan.memory.items()],
+        *[[f"  {part}", _gib(nbytes)] for part, nbytes in plan.memory.items() if nbytes],
+        *[[f"  the machine's: {part}", _gib(nbytes)] for part, nbytes in plan.machine.items()],
         ["disk", _gib(plan.disk_bytes)],
         *[[f"  {part}", _gib(nbytes)] for part, nbytes in plan.disk.items()],
     ]

@@ -19,7 +19,14 @@ from care_mla import console as terminal
 from care_mla.errors import CareError
 from care_mla.heal.checkpoints import Checkpoints, RunState
 from care_mla.heal.data import Blocks
-from care_mla.heal.engine import gradients_stay, optimizer_tensors, restore, trained_parameters, whole
+from care_mla.heal.engine import (
+    copies,
+    gradients_stay,
+    optimizer_tensors,
+    restore,
+    trained_parameters,
+    whole,
+)
 from care_mla.heal.sizes import Sizes
 from care_mla.heal_config import HealConfig
 
@@ -58,8 +65,8 @@ def train(
         kl, cross_entropy = held_out_losses(model, blocks, accelerator, sizes.micro_batch)
         state.held_out.append((state.step, kl, cross_entropy))
         terminal.current().note(f"KL on held-out text at step {state.step}: {kl:.4f}")
-        weights = {name: whole(parameter) for name, parameter in parameters.items()}
-        moments = optimizer_tensors(optimizer, parameters)
+        weights = copies(parameters, accelerator)
+        moments = copies(optimizer_tensors(optimizer, parameters), accelerator)
         if accelerator.is_main_process:
             checkpoints.save(state, weights, moments)
         accelerator.wait_for_everyone()
