@@ -222,9 +222,46 @@ def matching_trials() -> str:
     return markdown([*columns, "perplexity"], rows)
 
 
+# Row, what it is, and what it must reach: ratios of perplexity on WikiText-2 and on Alpaca.
+HEALING = {
+    "parity-64-320": ("100 %, 64 + 320", 1.00, 1.00),
+    "half-64-128": ("50 %, 64 + 128", 1.03, 1.01),
+    "half-32-160": ("50 %, 32 + 160", 1.04, 1.01),
+    "quarter": ("25 %, best P + R", 1.20, 1.05),
+    "quarter-exact-rope": ("25 %, exact-rope", 1.08, 1.02),
+    "eighth": ("12.5 %, best P + R", 1.60, 1.15),
+}
+
+
+def healing() -> str:
+    """Every row of benchmarks/healing: one-shot and healed, beside what it must reach."""
+    lines = []
+    for name, (cache, *targets) in HEALING.items():
+        goal = " / ".join(f"{target:.2f}" for target in targets)
+        path = HERE / "healing" / name / "result.json"
+        if not path.is_file():
+            lines.append([cache, "-", "-", goal, "-", "-"])
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        original, *others = (list(model["perplexity"].values()) for model in result["models"])
+        ratios = [
+            " / ".join(
+                f"{text['value'] / base['value']:.3f}" for text, base in zip(texts, original, strict=True)
+            )
+            for texts in others
+        ]
+        heal = result["heal"]
+        minutes, use = heal["training_seconds"] / 60, heal["model_flop_utilisation"]
+        speed = f"{heal['tokens_per_second']:,.0f}" + (f" ({use:.0%} of peak)" if use else "")
+        lines.append([cache, *ratios, goal, f"{minutes:.1f}", speed])
+    columns = ["cached values", "converted", "healed", "must reach", "minutes", "tokens per second"]
+    return markdown(columns, lines)
+
+
 TABLES = {
     "matching": matching,
     "matching-trials": matching_trials,
+    "healing": healing,
     "llama-cpp": llama_cpp,
     "one-shot-0.5": lambda: one_shot("0.5"),
     "one-shot-0.25": lambda: one_shot("0.25"),

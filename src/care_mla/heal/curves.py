@@ -42,6 +42,7 @@ def healing_figure(histories: Mapping[str, Mapping[str, Any]], *, show_losses: b
 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     with rc_context(SVG):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -59,10 +60,13 @@ def healing_figure(histories: Mapping[str, Mapping[str, Any]], *, show_losses: b
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel("KL(original || healed), nats per token")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(visible=True, which="both", linewidth=0.3)
         if show_losses:
             axes.plot([], [], color=COLOURS[0], alpha=0.4, linewidth=0.7, label="text trained on")
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper center", ncols=4, frameon=False)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

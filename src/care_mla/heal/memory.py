@@ -113,7 +113,7 @@ def memory_plan(
         "gradients": 4 * trained // shards,
         "AdamW's moments": 8 * trained // shards,
         "activations": width * tokens * activations,
-        "logits of a chunk": 6 * 4 * rows * facts.vocab_size,
+        "logits of a chunk": 12 * 4 * rows * facts.vocab_size,
         "copy for a checkpoint": 0 if on_gpu else 12 * trained,
         "Python and torch": BASE_BYTES,
     }
