@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=2048)
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--data", action="append", default=[], help="as in care heal; default: self")
-    parser.add_argument("--tokens", type=int, default=8_388_608, help="of sample")
+    parser.add_argument("--tokens", type=int, default=4_194_304, help="of sample")
     parser.add_argument("--sequence-length", type=int, default=1024, help="of sample")
     parser.add_argument("--convert", action="append", default=[], help="a word more for care convert")
     options = parser.parse_args(words[:cut])

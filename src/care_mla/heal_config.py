@@ -167,22 +167,25 @@ class HealConfig(CommonConfig):
                 f"{self.output} exists already, and nothing in it was touched. Name another folder, or "
                 "replace it with --overwrite"
             )
-        for taken in (self.model.resolve(), self.output.resolve(), Path(self.teacher or "").resolve()):
-            for flag, path in (("OUTPUT", self.output), ("--work", self.work_folder)):
-                inside = taken in path.resolve().parents or (taken == path.resolve() and flag == "--work")
-                if (
-                    (inside or path.resolve() == self.model.resolve())
-                    and taken.is_dir()
-                    and taken != Path.cwd()
-                ):
-                    raise OptionError(
-                        f"{flag} {path} lies in {taken}, which holds a model and nothing else. Nothing was "
-                        "written. Name a place outside of it."
-                    )
+        self._check_places()
         for name, _ in self.sources():
             # A hub data set has no suffix of a text file, so a mistyped file is not looked up on the hub.
             if Path(name).suffix in TEXT_SUFFIXES:
                 _check_file("--data", Path(name))
+
+    def _check_places(self) -> None:
+        """Refuse to write into a folder that holds a model and nothing else."""
+        model, output, teacher = (Path(p).resolve() for p in (self.model, self.output, self.teacher or ""))
+        places = [("OUTPUT", self.output, model), ("--work", self.work_folder, model)]
+        places.append(("--work", self.work_folder, output))
+        if teacher.is_dir() and teacher != Path.cwd():
+            places += [("OUTPUT", self.output, teacher), ("--work", self.work_folder, teacher)]
+        for flag, path, holder in places:
+            if holder == path.resolve() or holder in path.resolve().parents:
+                raise OptionError(
+                    f"{flag} {path} lies in {holder}, which holds a model and nothing else. Nothing was "
+                    "written. Name a place outside of it."
+                )
 
 
 def _split_weight(text: str) -> tuple[str, float]:

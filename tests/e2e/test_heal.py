@@ -101,6 +101,7 @@ def test_what_it_tells_and_writes(folder: Path) -> None:
     names = {path.name for path in (folder / "HEALED").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml", "recipe-heal.yaml"} <= names
     assert not [name for name in names if name.endswith((".tmp", ".py"))]
+    assert list((folder / "HEALED.work/trackers").rglob("events.out.tfevents.*"))
     card = (folder / "HEALED/README.md").read_text()
     assert "Attention's weights were then trained towards the original for" in card
     assert "care_reference/healing.svg" in card
@@ -257,6 +258,9 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "not converted": (("model", "HEALED", "--teacher", "model"), "source_config.json is missing"),
     "no such folder": (("nowhere", "HEALED", "--teacher", "model"), "nowhere is not a folder"),
     "no such text": (("OUT", "HEALED", "--teacher", "model", "--data", "no.txt"), "no.txt: there is no such"),
+    "over its model": (("OUT", "OUT", "--teacher", "model", "--overwrite"), "lies in"),
+    "over the teacher": (("OUT", "model", "--teacher", "model", "--overwrite"), "lies in"),
+    "work in its output": (("OUT", "HEALED", "--teacher", "model", "--work", "HEALED/w"), "HEALED/w lies in"),
     "into its model": (("OUT", "OUT/in", "--teacher", "model"), "lies in"),
     "work in a model": (("OUT", "HEALED", "--teacher", "model", "--work", "model"), "--work model lies in"),
 }

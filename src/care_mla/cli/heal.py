@@ -30,7 +30,6 @@ def run(arguments: list[str]) -> int:
 def print_healing(body: dict[str, Any]) -> None:
     """Print what training gave: divergence on held-out text, speed, the check, and where the result is."""
     held_out, entropy = body["held_out"], body["held_out_cross_entropy"]
-    speeds = sorted(row["tokens_per_second"] for row in body["steps"])
     rows = [
         ["held-out KL to the original, before", held_out["before"]],
         ["held-out KL to the original, after", held_out["after"]],
@@ -38,7 +37,8 @@ def print_healing(body: dict[str, Any]) -> None:
         ["held-out cross-entropy, after", entropy["after"]],
         ["steps", len(body["steps"])],
         ["best step", body["best_step"]],
-        ["tokens per second, median", speeds[len(speeds) // 2]],
+        ["tokens per second, median", body["tokens_per_second"]],
+        ["model-FLOP utilisation", body["model_flop_utilisation"]],
         ["seconds of training", body["training_seconds"]],
     ]
     console.current().table(f"Healed: {body['output']}", ["", "value"], rows)

@@ -149,9 +149,8 @@ def place(distiller: Distiller, accelerator: Accelerator, config: HealConfig) ->
         distiller.to(device)  # buffers
     if config.compile:
         compile_parts(distiller)
-    if is_sharded(config, accelerator):
-        return distiller
-    return accelerator.prepare_model(distiller)
+    is_copied = accelerator.num_processes > 1 and not is_sharded(config, accelerator)
+    return accelerator.prepare_model(distiller) if is_copied else distiller
 
 
 def compile_parts(distiller: Distiller) -> None:
@@ -161,7 +160,7 @@ def compile_parts(distiller: Distiller) -> None:
     torch._dynamo.config.recompile_limit = max(64, 4 * len(layers))
     for layer in layers:
         layer.compile()
-    distiller.chunk_loss = torch.compile(loss_of_chunk, dynamic=True)
+    distiller.chunk_loss = torch.compile(loss_of_chunk)
 
 
 def _shard(distiller: Distiller, device: torch.device, reduced: torch.dtype | None) -> None:
