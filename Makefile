@@ -2,13 +2,14 @@
 # make test     install everything for development if needed, then run all tests, real models included
 # make check    lint, format, spelling, types
 # make install  the development environment alone
+# make test-browser  the report in a real browser, which must be there: Chromium or Chrome
 # make test-vllm  converted models in a real vLLM, in an environment of its own: 3.5 GB, not part of make test
 
 PYTHON ?= python3
 CARE_TRANSFORMERS_517 := $(CURDIR)/.venv/transformers-5.17
 export CARE_TRANSFORMERS_517
 
-.PHONY: demo test check install test-vllm
+.PHONY: demo test check install test-vllm test-browser
 
 demo: .venv/demo-installed
 	.venv/bin/care demo --overwrite
@@ -19,6 +20,9 @@ test: .venv/dev-installed
 # Alone and in one process: vLLM takes all cores. Its own Python is the one that the tests start.
 test-vllm: .venv/dev-installed .venv-vllm/installed
 	CARE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python .venv/bin/python -m pytest -m vllm tests/engines
+
+test-browser: .venv/dev-installed
+	.venv/bin/python -m pytest -m browser tests/browser
 
 check: .venv/dev-installed
 	.venv/bin/ruff check .

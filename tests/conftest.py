@@ -26,10 +26,11 @@ def _unchanged_torch() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "vllm" not in config.option.markexpr:  # `make test-vllm` alone names them, whatever else -m says
-        apart = [item for item in items if item.get_closest_marker("vllm")]
-        config.hook.pytest_deselected(items=apart)
-        items[:] = [item for item in items if item not in apart]
+    for mark in ("vllm", "browser"):  # make's targets alone name them, whatever else -m says
+        if mark not in config.option.markexpr:
+            apart = [item for item in items if item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=apart)
+            items[:] = [item for item in items if item not in apart]
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

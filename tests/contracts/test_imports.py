@@ -20,6 +20,7 @@ BASE = {
     "configs",
     "export_config",
     "heal_config",
+    "report_config",
     "recipe",
     "workspace",
     "console",

@@ -22,6 +22,7 @@ from care_mla.configs import (
 )
 from care_mla.export_config import ExportConfig
 from care_mla.heal_config import HealConfig
+from care_mla.report_config import ReportConfig
 
 CONFIGS = {
     "inspect": InspectConfig,
@@ -32,6 +33,7 @@ CONFIGS = {
     "heal": HealConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
+    "report": ReportConfig,
     "demo": DemoConfig,
 }
 CALIBRATION = (
@@ -53,6 +55,7 @@ OPTIONS = {
     ),
     "export": "quiet json model output profile quantization kv_lora_rank overwrite",
     "verify": "quiet json model engine",
+    "report": "quiet json folder",
     "demo": "quiet json folder overwrite",
 }
 

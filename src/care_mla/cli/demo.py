@@ -1,7 +1,7 @@
 """`care demo [FOLDER]`: converts the built-in model, checks it, and shows it beside the original. Offline.
 
 Writes FOLDER/model (the converted model), FOLDER/work (intermediate results) and
-FOLDER/{convert,evaluate}.json.
+FOLDER/{convert,evaluate}.json and FOLDER/report.html.
 """
 # Letters: B batch, L positions.
 
@@ -38,9 +38,13 @@ def run(arguments: list[str]) -> int:
     evaluated = _evaluate(config)
     terminal.step(f"Asking both models: {PROMPT}")
     answers = {"original": _answer_of_original(), "converted": _answer_of_converted(config.folder / "model")}
+    from care_mla.report.page import write_report
+
     seconds = time.perf_counter() - start
     print_conversion(converted)
     _print(config.folder, evaluated, answers, seconds)
+    report = write_report(config.folder)
+    terminal.out(f"Report: {report}")
     body = {"convert": converted, "evaluate": evaluated, "prompt": PROMPT, "answers": answers}
     finish(config, "demo", start, body)
     return 0 if converted["verify"]["passed"] else 3

@@ -1,0 +1,1 @@
+"""A folder of results -> one page that shows them."""
