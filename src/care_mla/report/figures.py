@@ -106,8 +106,8 @@ def spectra(layers: Sequence[Body]) -> str | None:
 
 def rotation(layers: Sequence[Body]) -> str | None:
     """|gamma| by layer and frequency: 1 where attention hardly sees a rotation, 0 where it needs RoPE."""
-    gamma_LF = [row.get("gamma") for row in layers]
-    if not all(gamma_LF):
+    gamma_LF = [row["gamma"] for row in layers if row.get("gamma")]
+    if len(gamma_LF) < len(layers):
         return None
     with drawing(
         "gamma", title="Rotation that attention sees, by layer and frequency", height=3.6
