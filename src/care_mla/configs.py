@@ -8,7 +8,7 @@ torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -276,43 +276,6 @@ class CompareConfig(CommonConfig, CalibrationConfig):
         _check_calibration_file(self.calibration)
         if self.perplexity is not None:
             _check_file("--perplexity", self.perplexity)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(CommonConfig):
-    """Perplexity and cache of one or more models in one run."""
-
-    models: tuple[str, ...]
-    """Folders, hub ids, .gguf files or 'demo'; put the original first."""
-    perplexity: tuple[Path, ...] = field(default_factory=tuple)
-    """Text to measure on; may be given several times."""
-    block: int = 1024
-    """Tokens per block of text: L - 1 targets each, no BOS, the last partial block left out."""
-    max_tokens: int | None = None
-    """At most so many tokens of each text. None: all."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, … None: a GPU if there is one."""
-    trust_remote_code: bool = False
-    """Dangerous: run Python code that comes with a model. Off, such a model is refused."""
-
-    def __post_init__(self) -> None:
-        if not self.models:
-            raise OptionError("No MODEL was named. For example: care evaluate demo OUT")
-        _at_least("--block", self.block, 2)
-        _at_least("--max-tokens", self.max_tokens, 2)
-        _check_device(self.device)
-        stems = [path.stem for path in self.perplexity]
-        if len(set(stems)) < len(stems):
-            raise OptionError(
-                f"--perplexity: two files have the same name without suffix ({', '.join(stems)}), and "
-                "results are "
-                "kept by that name. Rename one."
-            )
-
-    def check_paths(self) -> None:
-        super().check_paths()
-        for path in self.perplexity:
-            _check_file("--perplexity", path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,3 +31,7 @@ class ResumeError(CareError):
 
 class ExportError(CareError):
     """A profile cannot express this model, or the output cannot be written."""
+
+
+class TaskError(CareError):
+    """A task's items cannot be read or scored, or what scores them is not installed."""

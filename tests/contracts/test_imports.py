@@ -35,6 +35,7 @@ BASE = {
     "engines",
     "decoupled_options",
     "matching_options",
+    "evaluate_config",
 }
 STEPS = [
     *("families", "profiles", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
@@ -49,6 +50,7 @@ LIGHT = [
         "care_mla.forms",
         "care_mla.configs",
         "care_mla.export_config",
+        "care_mla.evaluate_config",
         "care_mla.recipe",
         "care_mla.budget",
         "care_mla.serving",

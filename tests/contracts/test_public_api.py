@@ -15,11 +15,11 @@ from care_mla.configs import (
     CompareConfig,
     ConvertConfig,
     DemoConfig,
-    EvaluateConfig,
     InspectConfig,
     PlanConfig,
     VerifyConfig,
 )
+from care_mla.evaluate_config import EvaluateConfig, GenerateConfig
 from care_mla.export_config import ExportConfig
 from care_mla.heal_config import HealConfig
 from care_mla.report_config import ReportConfig
@@ -30,6 +30,7 @@ CONFIGS = {
     "convert": ConvertConfig,
     "compare": CompareConfig,
     "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
     "heal": HealConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
@@ -46,7 +47,13 @@ OPTIONS = {
     "plan": f"{CALIBRATION} rope_table biases {MATCHING} form method profile",
     "convert": f"{CALIBRATION} rope_table biases {MATCHING} form method profile output overwrite",
     "compare": f"{CALIBRATION} methods form perplexity block max_tokens",
-    "evaluate": "quiet json models perplexity block max_tokens device trust_remote_code",
+    "evaluate": (
+        "quiet json models perplexity block window max_tokens tasks limit needle passkey haystack "
+        "needle_lengths needle_seeds seed device trust_remote_code"
+    ),
+    "generate": (
+        "quiet json models prompt max_new_tokens temperature seed chat_template device trust_remote_code"
+    ),
     "heal": (
         "quiet json model output teacher data tokens held_out_tokens sequence_length train steps minutes "
         "batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm beta temperature "

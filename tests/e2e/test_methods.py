@@ -11,7 +11,8 @@ import torch
 
 from care_mla import ConvertConfig, convert
 from care_mla.configs import METHOD_ALLOCATION, METHODS, Form
-from care_mla.evaluate.models import live_cache, load
+from care_mla.evaluate.cache import live_cache
+from care_mla.evaluate.models import open_model
 from e2e.conftest import make_input
 
 CPU = torch.device("cpu")
@@ -59,8 +60,8 @@ def test_method_becomes_a_checkpoint(case: Case, folder: Path) -> None:
     ranks = [row["rank"] for row in body["layers"]]
     if per_layer:
         assert len(set(ranks)) > 1
-    loaded = load(str(output), device=CPU, trust_remote_code=False)
-    values, _ = live_cache(loaded.model, torch.arange(16)[None])
+    opened = open_model(str(output), device=CPU, trust_remote_code=False)
+    values = live_cache(opened.load()).cached_values
     assert values == pytest.approx(body["cached_values"]["converted"])
     assert 0.9 * 32 <= values <= 32
     assert body["cached_values"]["original"] == 64

@@ -15,8 +15,9 @@ import pytest
 from care_mla import __version__, console
 from care_mla.cli.main import main
 from care_mla.cli.options import parse
-from care_mla.configs import CompareConfig, ConvertConfig, DemoConfig, EvaluateConfig
+from care_mla.configs import CompareConfig, ConvertConfig, DemoConfig
 from care_mla.errors import OptionError
+from care_mla.evaluate_config import EvaluateConfig
 
 from pico import pico_model
 

@@ -12,11 +12,11 @@ from care_mla.configs import (
     METHODS,
     CompareConfig,
     ConvertConfig,
-    EvaluateConfig,
     PlanConfig,
     VerifyConfig,
 )
 from care_mla.errors import CareError, OptionError
+from care_mla.evaluate_config import EvaluateConfig
 from care_mla.recipe import read_recipe, recipe_text
 
 

@@ -184,25 +184,7 @@ class FolderSource(Source):
         return fingerprint({"config": self.config, "files": digests})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        if not any((self.folder / file).is_file() for file in VOCABULARIES):
-            raise CareError(
-                f"{self.name}: no tokenizer in the folder ({', '.join(VOCABULARIES)}), and text cannot be "
-                f"read without. Copy the original model's tokenizer files into {self.folder}."
-            )
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            raise CareError(
-                f"{self.name}: its tokenizer cannot be loaded ({type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0]}). Text cannot be read without. Install what it names, "
-                "or add --trust-remote-code if you trust the model's own code."
-            ) from error
-        assert tokenizer is not None
-        return tokenizer
+        return read_tokenizer(self.name, self.folder, trust_remote_code=self.trust_remote_code)
 
     def save_side_files(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,3 +195,30 @@ class FolderSource(Source):
             shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
         if not (folder / "generation_config.json").exists():
             self._save_generation_config(folder)
+
+
+def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder; `name` is how messages call the model.
+
+    Raises:
+        CareError: there is none, or it cannot be loaded.
+    """
+    if not any((folder / file).is_file() for file in VOCABULARIES):
+        raise CareError(
+            f"{name}: no tokenizer in the folder ({', '.join(VOCABULARIES)}), and text cannot be "
+            f"read without. Copy the original model's tokenizer files into {folder}."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise CareError(
+            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}). Text cannot be read without. Install what it names, "
+            "or add --trust-remote-code if you trust the model's own code."
+        ) from error
+    assert tokenizer is not None
+    return tokenizer

@@ -28,13 +28,23 @@ def open_source(model: str, *, trust_remote_code: bool = False, weights: bool = 
         CheckpointError: there is no such model, or no format that is read.
         UnsupportedModelError: the configuration has a feature that cannot be converted.
     """
+    path = model_path(model, weights=weights)
+    if path.is_dir():
+        return FolderSource(model, path, trust_remote_code=trust_remote_code)
+    return GgufSource(model, path)
+
+
+def model_path(model: str, *, weights: bool = True) -> Path:
+    """Where a model lies: its folder, which for a hub id is in the local cache, or its GGUF file.
+
+    Raises:
+        CheckpointError: there is no such model, or no format that is read.
+    """
     path = Path(model).expanduser()
     if model == DEMO:
-        return GgufSource(model, demo_file())
-    if model and path.is_dir():
-        return FolderSource(model, path, trust_remote_code=trust_remote_code)
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return GgufSource(model, path)
+        return demo_file()
+    if (model and path.is_dir()) or (path.suffix.lower() == ".gguf" and path.is_file()):
+        return path
     if path.is_file():
         raise CheckpointError(
             f"{model} is a file, but not a .gguf file. Name the folder that holds config.json and the "
@@ -51,7 +61,7 @@ def open_source(model: str, *, trust_remote_code: bool = False, weights: bool = 
             f"{model!r}: no such file or folder. Nothing was read. Name a folder with config.json and "
             "*.safetensors, a .gguf file, a hub id such as HuggingFaceTB/SmolLM2-135M, or the word demo."
         )
-    return FolderSource(model, download(model, weights=weights), trust_remote_code=trust_remote_code)
+    return download(model, weights=weights)
 
 
 def demo_file() -> Path:
@@ -74,7 +84,8 @@ def download(model: str, *, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+    # Code is downloaded for the profile `care` and for tokenizers, and run only where that is allowed.
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
     if weights:
         patterns.append("model*.safetensors")
     try:

@@ -17,7 +17,8 @@ from care_mla import console
 from care_mla.cli.convert import print_conversion
 from care_mla.cli.options import parse
 from care_mla.cli.result import finish
-from care_mla.configs import ConvertConfig, DemoConfig, EvaluateConfig
+from care_mla.configs import ConvertConfig, DemoConfig
+from care_mla.evaluate_config import EvaluateConfig
 
 MODEL = "demo"
 BUDGET = 0.5
@@ -68,7 +69,7 @@ def _convert(config: DemoConfig) -> dict[str, Any]:
 
 
 def _evaluate(config: DemoConfig) -> dict[str, Any]:
-    from care_mla.evaluate.perplexity import evaluate
+    from care_mla.evaluate.run import evaluate
 
     start = time.perf_counter()
     console.current().step("Measuring both models on a short English text")
