@@ -9,8 +9,8 @@ A record is one of
   Answer2: b … Answer format: answer1/answer2", or without a list, "… Answer format: true/false".
 
 Every item is asked as "Question: Q" with "Answer:" in the next line, and each choice is scored as what
-follows, as lm-eval asks ARC and PIQA. A list of choices is never shown to the model: picking a letter is beyond small models, and
-scores of different files could not be compared.
+follows, as lm-eval asks ARC and PIQA. A list of choices is never shown to the model: picking a letter is
+beyond small models, and scores of different files could not be compared.
 """
 
 from __future__ import annotations
@@ -159,10 +159,10 @@ def _gold(answer: Any, labels: list[str], choices: list[Any], where: str) -> int
     """Index of the right choice: a label or the text comes before a letter, and a letter before a number."""
     if isinstance(answer, bool):
         answer = str(answer).lower()
-    if isinstance(answer, int):
-        place = answer
-    elif str(answer) in labels:
+    if str(answer) in labels:
         place = labels.index(str(answer))
+    elif isinstance(answer, int):
+        place = answer
     elif answer in choices:
         place = choices.index(answer)
     elif len(str(answer)) == 1 and str(answer).upper() in LETTERS:
