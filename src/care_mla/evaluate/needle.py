@@ -68,7 +68,7 @@ NAMES = (
     "Farid",
     "Greta",
     "Hiro",
-    "Ines",
+    "Irma",
     "Jonas",
     "Kaya",
     "Luis",
