@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from care_mla.calibrate.sample import load_model
 from care_mla.checkpoint.folder import read_tokenizer
 from care_mla.checkpoint.opening import model_path, open_source
+from care_mla.checkpoint.safetensors_header import read_header
 from care_mla.checkpoint.source import Source
 from care_mla.errors import CheckpointError
 from care_mla.export.engine_transformers import loader
@@ -70,6 +71,8 @@ def open_model(name: str, *, device: torch.device, trust_remote_code: bool) -> O
                 "If you know where it comes from: --trust-remote-code"
             )
         trusted = True
+    for path in sorted(folder.glob("*.safetensors")):
+        read_header(path)  # a file that is cut off is found before another model was measured for an hour
     tokenizer = read_tokenizer(name, folder, trust_remote_code=trusted)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
     load = partial(_load_converted, name, folder, config, device, trusted)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from care_mla.errors import CalibrationError
 from care_mla.evaluate.models import final_states, head_of
 from care_mla.evaluate.paired import exp
 from care_mla.evaluate.perplexity import HEAD_ROWS
@@ -36,9 +37,16 @@ def rolling_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
 
     Returns:
         The ids, and the id that the first of them is predicted from.
+
+    Raises:
+        CalibrationError: there is no such id.
     """
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    assert isinstance(prefix, int), "a causal model's tokenizer has a BOS or an end of text"
+    if not isinstance(prefix, int):
+        raise CalibrationError(
+            "The tokenizer has neither a BOS nor an end of text, so there is nothing that the first word of "
+            "a text could be predicted from. Set bos_token in the model's tokenizer_config.json."
+        )
     begins = text.startswith(str(tokenizer.decode(prefix)))
     options = {"add_special_tokens": False} if begins else {}
     return tokenizer(text, verbose=False, **options)["input_ids"], prefix

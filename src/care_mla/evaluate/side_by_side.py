@@ -116,8 +116,9 @@ def _is_chat(config: GenerateConfig, opened: list[OpenedModel]) -> bool:
 def _prompt_ids(config: GenerateConfig, model: OpenedModel, is_chat: bool) -> list[int]:
     if is_chat and model.tokenizer.chat_template:
         chat = [{"role": "user", "content": config.prompt}]
-        encoded = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        ids = list(encoded["input_ids"])
+        text = str(model.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        # The template writes special tokens itself.
+        ids = list(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     else:
         ids = list(model.tokenizer(config.prompt, verbose=False)["input_ids"])
     if len(ids) + config.max_new_tokens > model.max_length:
