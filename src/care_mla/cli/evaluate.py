@@ -68,7 +68,7 @@ def _task_rows(name: str, found: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for metric in ("acc", "acc_norm"):
         if metric in found[0]:
-            title = f"{name}: {metric} of {found[0]['items']:,}"
+            title = f"{name}: {metric} of {found[0]['items']:,} (chance {found[0]['chance']:.2f})"
             rows.append([title, *[_with_error(each, metric) for each in found]])
             if len(found) > 1:
                 cells = [_signed((each.get("difference") or {}).get(metric)) for each in found]
