@@ -20,8 +20,8 @@ from typing import Any
 from care_mla import console
 from care_mla.checkpoint.opening import open_source
 from care_mla.cli.main import main as care
-from care_mla.configs import EvaluateConfig
-from care_mla.evaluate.perplexity import evaluate
+from care_mla.evaluate.run import evaluate
+from care_mla.evaluate_config import EvaluateConfig
 from care_mla.heal.curves import healing_figure
 from care_mla.heal.engine import make_accelerator
 from care_mla.heal.sizes import Sizes
