@@ -44,7 +44,7 @@ def drawing(name: str, *, title: str, height: float = 3.0) -> Iterator[Drawing]:
 
     Args:
         name: what tells its parts from those of other figures on the page.
-        title: what a screen reader says.
+        title: stands above it, and is what a screen reader says.
         height: in inches, of a width of 5.2.
     """
     from cycler import cycler
@@ -55,6 +55,7 @@ def drawing(name: str, *, title: str, height: float = 3.0) -> Iterator[Drawing]:
     with rc_context(style):
         figure = Figure(figsize=(5.2, height), layout="constrained")
         result = Drawing(figure, figure.add_subplot())
+        result.axes.set_title(title, loc="left", fontsize="medium")
         yield result
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})

@@ -61,7 +61,7 @@ def layer_errors(layers: Sequence[Body]) -> str | None:
             other.plot(numbers, [row["rank"] for row in layers], color=COLOURS[1], marker=".", label="rank")
             other.set_ylabel("rank")
             other.spines["right"].set_visible(True)
-            picture.figure.legend(loc="outside upper center")
+            picture.figure.legend(loc="outside lower center")
     return picture.svg
 
 
@@ -77,7 +77,7 @@ def rank_profile(layers: Sequence[Body]) -> str | None:
         picture.axes.set_xlabel("layer")
         picture.axes.set_ylabel("rank")
         picture.axes.set_ylim(bottom=0)
-        picture.figure.legend(loc="outside upper center", ncols=2)
+        picture.figure.legend(loc="outside lower center", ncols=2)
     return picture.svg
 
 
@@ -100,7 +100,7 @@ def spectra(layers: Sequence[Body]) -> str | None:
         picture.axes.set_ylim(bottom=1e-6)
         picture.axes.set_xlabel("number of the singular value")
         picture.axes.set_ylabel("singular value")
-        picture.figure.legend(loc="outside upper center", ncols=3)
+        picture.figure.legend(loc="outside lower center", ncols=3)
     return picture.svg
 
 
@@ -131,7 +131,7 @@ def matching(layers: Sequence[Body]) -> str | None:
         picture.axes.set_yscale("log")
         picture.axes.set_xlabel("layer")
         picture.axes.set_ylabel("error of the stream, held-out")
-        picture.figure.legend(loc="outside upper center", ncols=2)
+        picture.figure.legend(loc="outside lower center", ncols=2)
     return picture.svg
 
 

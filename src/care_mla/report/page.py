@@ -131,6 +131,14 @@ def evaluated(found: list[Result]) -> Section:
         for stem, text in models[0]["perplexity"].items():
             label = f"perplexity, {stem}, blocks of {text['block']:,}"
             rows.append([label, *[number(model["perplexity"][stem]["value"]) for model in models]])
+            for key, label in (
+                ("kl", "KL(original || model), nats"),
+                ("top1_agreement", "same likeliest token"),
+            ):
+                found_here = [model["perplexity"][stem].get(key) for model in models]
+                if any(value is not None for value in found_here):
+                    shown = ["" if value is None else f"{value:.3g}" for value in found_here]
+                    rows.append([f"{label}, {stem}", *shown])
         for task in models[0].get("tasks") or {}:
             for metric in ("acc", "acc_norm"):
                 scores = [model["tasks"][task].get(metric) for model in models]
