@@ -2,14 +2,14 @@
 # make test     install everything for development if needed, then run all tests, real models included
 # make check    lint, format, spelling, types
 # make install  the development environment alone
-# make test-browser  the report in a real browser, which must be there: Chromium or Chrome
+# make test-browser  the report in a real Chromium, at the width of a telephone and of a desk
 # make test-vllm  converted models in a real vLLM, in an environment of its own: 3.5 GB, not part of make test
 
 PYTHON ?= python3
 CARE_TRANSFORMERS_517 := $(CURDIR)/.venv/transformers-5.17
 export CARE_TRANSFORMERS_517
 
-.PHONY: demo test check install test-vllm test-browser
+.PHONY: demo test check install test-browser test-vllm
 
 demo: .venv/demo-installed
 	.venv/bin/care demo --overwrite
@@ -17,12 +17,12 @@ demo: .venv/demo-installed
 test: .venv/dev-installed
 	.venv/bin/python -m pytest -n 2
 
+test-browser: .venv/dev-installed
+	.venv/bin/python -m pytest -m browser tests/browser
+
 # Alone and in one process: vLLM takes all cores. Its own Python is the one that the tests start.
 test-vllm: .venv/dev-installed .venv-vllm/installed
 	CARE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python .venv/bin/python -m pytest -m vllm tests/engines
-
-test-browser: .venv/dev-installed
-	.venv/bin/python -m pytest -m browser tests/browser
 
 check: .venv/dev-installed
 	.venv/bin/ruff check .

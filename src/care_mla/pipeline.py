@@ -131,7 +131,9 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         with stages("verify"):
             console.step("Verifying in a fresh process without care_mla")
             verdict = verify(VerifyConfig(model=folder, quiet=config.quiet))
+        hashes = {"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash}
         result = {
+            "model": config.model,
             "cached_values": {
                 "original": source.facts.cached_values,
                 "converted": cached or _mean_cached(layer_rows),
@@ -158,6 +160,8 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "export": exported,
             "layers": layer_rows,
             "verify": verdict,
+            "recipe": recipe,
+            "fingerprints": hashes,
         }
         if matched is not None:
             result["match"] = {
@@ -166,7 +170,6 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
                 "held_out_kl": matched.held_out_kl,
                 "kept": matched.is_kept,
             }
-        hashes = {"source weights": source.fingerprint(), "calibration tokens": blocks.content_hash}
         write_card(folder, _card(config, source, result, recipe, hashes))
     return result
 
@@ -272,6 +275,8 @@ def _factor(
                 "spectrum": [s.tolist() for s in spectra] if len(spectra) > 1 else spectra[0].tolist(),
                 "gamma": layer_inputs.gamma_NF.abs().mean(0).tolist(),
             }
+            if decomposition.rope_kept_N is not None:
+                row["rope_kept"] = [round(share, 4) for share in decomposition.rope_kept_N.tolist()]
             if choice.variant.absorbs_biases:
                 row["constant_error"] = constant_error(layer_inputs)
             write_json(row_path, row)

@@ -43,7 +43,7 @@ def test_result_of_a_conversion(converted: Conversion) -> None:
     assert set(body) == HEAD | {
         *("cached_values", "kv_lora_rank", "qk_rope_head_dim", "freqfold", "form", "method", "allocation"),
         *("profile", "held_out_kl", "needs_healing", "output", "stages", "peak_memory_bytes", "export"),
-        *("layers", "verify", "rope", "biases", "engines"),
+        *("layers", "verify", "rope", "biases", "engines", "model", "recipe", "fingerprints"),
     }
     assert body["format"] == "care-mla/convert/1"
     assert body["cached_values"] == {"original": 64, "converted": 32}
@@ -57,18 +57,24 @@ def test_result_of_a_conversion(converted: Conversion) -> None:
     assert body["verify"]["passed"] is True
     assert body["held_out_kl"] > 0
     assert body["needs_healing"] == []
+    assert body["model"] == "model"
+    assert body["recipe"] == (converted.output / "recipe.yaml").read_text()
+    assert list(body["fingerprints"]) == ["source weights", "calibration tokens"]
 
 
 def test_layers_of_a_conversion(converted: Conversion) -> None:
     rows = converted.done.json["layers"]
     assert len(rows) == 3
     for row in rows:
-        assert set(row) == {"rank", "ranks", "cached_values", "predicted_error", "spectrum", "gamma"}
+        names = {"rank", "ranks", "cached_values", "predicted_error", "spectrum", "gamma", "rope_kept"}
+        assert set(row) == names
         assert row["rank"] == converted.done.json["kv_lora_rank"]
         assert 0 < row["predicted_error"] < 1
         assert row["spectrum"] == sorted(row["spectrum"], reverse=True)
         assert len(row["gamma"]) == 8  # one for each frequency
         assert all(0 <= value <= 1 for value in row["gamma"])
+        assert len(row["rope_kept"]) == 4  # one for each query head
+        assert all(value <= 1 for value in row["rope_kept"])
 
 
 def test_own_text_needs_no_file(converted: Conversion, tmp_path: Path) -> None:

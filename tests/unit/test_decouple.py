@@ -146,3 +146,23 @@ def test_without_folding_only_kept_frequencies_have_rope() -> None:
     assert_close(rest_GFD[:, 1::2], keys_GFD[:, 1::2])
     assert not torch.allclose(rest_GFD[:, ::2], keys_GFD[:, ::2])
     assert as_complex(split.k_rope_PD, dim=0).abs().min(dim=1).values.max() > 0
+
+
+def test_the_share_of_rope_that_a_head_keeps_is_that_of_its_keys_energy() -> None:
+    """Against samples: what is left of each head's keys has the rest; one KV head at full width keeps all."""
+    case = layer_case(kv_heads=2)
+    inputs = turned(replace(case.inputs, b_k_GH=None, b_q_NH=None))
+    split = decouple(inputs, inputs.head_dim // 2)
+    keys_TGF = as_complex(torch.einsum("td,ghd->tgh", case.x_TD, inputs.w_k_GHD), dim=2)
+    rest_TGF = as_complex(torch.einsum("td,ghd->tgh", case.x_TD, split.nope_GMD), dim=2)
+    weight_NF = inputs.q_energy_NF * (1 - inputs.gamma_NF.abs().square())
+    heads = inputs.num_heads // 2
+    whole_N, lost_N = (
+        (weight_NF * energy.abs().square().mean(0).repeat_interleave(heads, dim=0)).sum(1)
+        for energy in (keys_TGF, rest_TGF)
+    )
+    assert_close(split.rope_kept_N, 1 - lost_N / whole_N)
+    alone = turned(layer_case(kv_heads=1).inputs)
+    assert_close(
+        decouple(alone, alone.head_dim).rope_kept_N, torch.ones(alone.num_heads, dtype=torch.float64)
+    )

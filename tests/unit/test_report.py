@@ -1,4 +1,4 @@
-"""`care report`: what is in the JSON is on the page, what is not is left out, and nothing else is needed."""
+"""The report: what each figure shows, which sections the page has, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,206 +11,264 @@ from typing import Any
 import pytest
 
 from care_mla.cli.main import main
-from care_mla.errors import OptionError
+from care_mla.heal.curves import healing_figure
 from care_mla.report import figures
-from care_mla.report.page import GENERATOR, number, page, write_report
-from care_mla.report.read import read_results
+from care_mla.report.page import MARK, page, write_report
+from care_mla.report.read import ReportError, Result, read_results
+from care_mla.report.tables import before_after, methods, number
+from care_mla.report.verdict import verdicts
+from report_cases import BODIES, comparison, conversion, evaluation, healing, write_result, write_results
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-VERSIONS = {"care_mla": "0.1.0", "torch": "2.13.0"}
-LAYERS: list[dict[str, Any]] = [
-    {
-        "rank": 20 + i,
-        "ranks": [8 + i, 12],
-        "predicted_error": 0.01 * (i + 1),
-        "spectrum": [1.0, 0.5, 0.01],
-        "gamma": [0.1, 0.5, 0.9],
-        "match": {"error_before": 0.2, "error_after": 0.1},
-    }
-    for i in range(3)
-]
-VERIFY = {"engine": "transformers", "relative_error": 7e-7, "greedy_equal": True, "passed": True}
-NEEDLE = {"lengths": [1024, 2048], "depths": [0.0, 0.5, 1.0], "score": [[1.0, 0.5, 0.0], [0.25, 0.75, 1.0]]}
+VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
 
 
-def bodies() -> dict[str, dict[str, Any]]:
-    """A body of each command, with all that the page shows."""
-    return {
-        "convert": {
-            "cached_values": {"original": 384, "converted": 192}, "output": "OUT", "method": "fisher",
-            "form": "decoupled", "held_out_kl": 0.19, "needs_healing": [], "layers": LAYERS, "verify": VERIFY,
-        },
-        "compare": {
-            "original": {"perplexity": 20.5, "cached_values": 384},
-            "rows": [
-                {"method": method, "form": form, "cached_values": 192, "perplexity": value, "kl": 0.2}
-                for method, form, value in (("fisher", "decoupled", 25.25), ("svd", "exact-rope", 31234.0))
-            ],
-        },
-        "evaluate": {
-            "models": [
-                {
-                    "model": name, "cached_values": cache, "cache_bytes_per_token": 4 * cache,
-                    "perplexity": {"wiki": {"value": value, "tokens": 2046, "block": 1024}},
-                    "tasks": {"arc": {"acc": 0.25, "acc_norm": 0.5, "items": 4}}, "needle": NEEDLE,
-                }
-                for name, cache, value in (("demo", 384, 20.5), ("some/OUT", 192, 25.25))
-            ]
-        },
-        "heal": {
-            "steps": [{"step": 1, "loss": 0.3, "kl": 0.3}, {"step": 2, "loss": 0.2, "kl": 0.2}],
-            "measurements": [{"step": 0, "kl": 0.4}, {"step": 2, "kl": 0.21}], "tokens_per_step": 2048,
-            "held_out": {"before": 0.4, "after": 0.21}, "output": "HEALED",
-            "verify": VERIFY | {"passed": False},
-        },
-    }  # fmt: skip
+class Checker(HTMLParser):
+    """Follows a page's elements; fails where one is closed that is not open."""
 
-
-def write(folder: Path, found: dict[str, dict[str, Any]]) -> Path:
-    for command, body in found.items():
-        head = {"format": f"care-mla/{command}/1", "versions": VERSIONS, "seconds": 1.0}
-        (folder / f"{command}.json").write_text(json.dumps(head | body))
-    return folder
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed, and collects text, tags and addresses."""
-
-    VOID = ("meta", "br", "path", "use", "image", "rect")
-
-    def __init__(self, text: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.tags: list[str] = []
         self.ids: list[str] = []
-        self.text = ""
-        self.feed(text)
-        assert self.open == []
+        self.headings: list[str] = []
+        self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
+        values = dict(attrs)
         self.ids += [value for name, value in attrs if name == "id" and value]
-        if tag not in self.VOID:
+        self.links += [values[name] or "" for name in ("href", "src", "xlink:href") if name in values]
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
 
 
-def test_a_full_page_stands_alone(tmp_path: Path) -> None:
-    text = page(read_results(write(tmp_path, bodies())))
-    found = Page(text)
-    assert not re.search(r"https?:|<script|@import|src=", text)
-    assert len(set(found.ids)) == len(found.ids)
-    for said in (
-        "192 of 384 cached values per token and layer (50% saved), by fisher in the decoupled form",
-        "Passed: OUT in transformers: relative error 7.0e-07", "Failed: HEALED", "healed from 0.4 to 0.21",
-        "Before and after", "25.25", "31,234", "arc, acc_norm", "Methods at an equal cache", "Healing",
-        "Numbers hidden in long text", "2.13.0", "svd, exact-rope",
-    ):  # fmt: skip
-        assert said in found.text, said
-    assert 'class="verdict bad"' in text
-    # Errors, ranks, spectra, gamma and matching of the conversion; methods; a curve; a map for each model.
-    assert found.tags.count("svg") == 5 + 1 + 1 + 2
+def checked(html: str) -> Checker:
+    checker = Checker()
+    checker.feed(html)
+    checker.close()
+    assert checker.open == []
+    return checker
 
 
-@pytest.mark.parametrize(
-    ("command", "heading"),
-    [
-        ("convert", "Layer by layer"),
-        ("compare", "Methods"),
-        ("evaluate", "Before and after"),
-        ("heal", "Healing"),
-    ],
-)
-def test_what_is_not_there_is_left_out(command: str, heading: str, tmp_path: Path) -> None:
-    found = Page(page(read_results(write(tmp_path, {command: bodies()[command]}))))
-    headings = ["Layer by layer", "Methods", "Before and after", "Healing"]
-    assert [each for each in headings if each in found.text] == [heading]
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
-def test_figures_say_what_the_data_say() -> None:
-    svg = figures.pareto([bodies()["compare"]])
-    assert svg is not None
-    text = Page(svg).text
-    assert "original: 20.5 with 384 values" in text
-    assert "fisher, decoupled" in text
-    maps = Page(figures.needle("demo", NEEDLE)).text
-    assert all(said in maps for said in ("1,024", "2,048", "50%", "25%", "75%"))
-    ranks = figures.rank_profile(LAYERS)
-    assert ranks is not None
-    assert "keys" in Page(ranks).text
-    spectra = figures.spectra([row | {"rank": 2} for row in LAYERS])
-    assert spectra is not None
-    assert "rank 2" in Page(spectra).text
+def result(command: str, body: dict[str, Any]) -> Result:
+    return Result(path=Path(f"{command}.json"), command=command, body=body)
 
 
-def test_figures_without_data() -> None:
-    bare = [
-        {"rank": 4, "ranks": [4], "predicted_error": None, "spectrum": [], "gamma": None, "match": None}
-    ] * 2
-    assert figures.pareto([]) is None
-    for draw in (
-        figures.layer_errors,
-        figures.rank_profile,
-        figures.spectra,
-        figures.rotation,
-        figures.matching,
-    ):
-        assert draw(bare) is None, draw
+def folder_with(folder: Path, *commands: str) -> Path:
+    for command in commands:
+        write_result(folder / f"{command}.json", command, BODIES[command])
+    return folder
 
 
-@pytest.mark.parametrize("value", [(192, "192"), (25.2549, "25.25"), (31234.4, "31,234"), (0.5, "0.5")])
-def test_numbers(value: tuple[float, str]) -> None:
-    assert number(value[0]) == value[1]
+# Figures: data in, labels and values in the text of the SVG.
 
 
-def test_committed_results_have_a_page(tmp_path: Path) -> None:
-    """What commands really write, not what this test thinks that they do."""
-    for path in [*BENCHMARKS.glob("one-shot/compare-*-seed0.json"), *BENCHMARKS.glob("convert/*.json")]:
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    found = Page(page(read_results(tmp_path)))
-    assert "mha2mla-split" in found.text
-    assert found.tags.count("svg") > 2
+def test_pareto_names_every_method_with_its_mean_and_the_original() -> None:
+    rows = [*comparison()["rows"], *comparison(scale=1.2)["rows"], *comparison(96, scale=2)["rows"]]
+    svg = figures.pareto("p", [row for row in rows if row["form"] == "decoupled"], comparison()["original"])
+    assert {"fisher 42.57", "transmla 76.56", "original 29.19", "96", "192", "perplexity"} <= set(texts(svg))
+    assert not any("svd" in text for text in texts(svg))
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, bodies())
-    (tmp_path / "other.json").write_text('{"format": "somebody-else/1"}')
-    assert main(["report", str(tmp_path), "--json", str(tmp_path / "report.json")]) == 0
-    assert str(tmp_path / "report.html") in capsys.readouterr().out
-    first = (tmp_path / "report.html").read_text()
-    assert GENERATOR in first
-    # Its own page is made anew, and its own JSON disturbs nothing.
+def test_layer_figures_show_the_worst_layer_the_ranks_and_the_scale() -> None:
+    layers = result("convert", conversion()).layers
+    assert {"4 %", "layer"} <= set(texts(figures.layer_errors("e", layers)))
+    assert "K and V together" in texts(figures.rank_profile("r", layers))
+    assert {"layer 0", "layer 3"} <= set(texts(figures.spectra("s", layers)))
+    assert {"0.1 %", "100 %"} <= set(texts(figures.error_by_rank("t", layers)))
+    assert {"before", "after", "0.1"} <= set(texts(figures.match_errors("m", layers)))
+
+
+def test_separate_latents_have_a_rank_profile_of_each() -> None:
+    layers = result("convert", conversion(separate=True)).layers
+    assert {"K", "V"} <= set(texts(figures.rank_profile("r", layers)))
+    assert [len(spectrum) for spectrum in layers[0].spectra] == [16, 16]
+
+
+def test_a_heat_map_writes_its_values_where_asked() -> None:
+    options = {"across": "depth", "down": "tokens", "scale": "found", "ticks_down": ["1,024", "2,048"]}
+    shown = texts(figures.heat_map("h", [[1.0, 0.25], [0.0, 0.5]], values=True, **options))
+    assert {"100", "25", "0", "50", "1,024", "2,048", "depth", "tokens", "found"} <= set(shown)
+    assert "25" not in texts(figures.heat_map("h", [[1.0, 0.25], [0.0, 0.5]], **options))
+
+
+def test_curves_by_position_and_of_learning() -> None:
+    rows = {model["model"]: model["perplexity"]["text"]["by_position"] for model in evaluation()["models"]}
+    assert set(rows) <= set(texts(figures.by_position("b", rows)))
+    assert {"held-out text", "text trained on"} <= set(texts(figures.learning_curve("l", healing())))
+
+
+def test_a_figure_needs_nothing_outside_the_page_and_takes_its_colours() -> None:
+    raw = healing_figure({"": {**healing(), "losses": healing()["steps"]}})
+    svg = figures.inline("x", raw)
+    assert "http" in raw
+    assert "http" not in svg
+    assert "DejaVu" not in svg
+    assert {"--ink", "--sans", "--series-1"} <= set(re.findall(r"var\((--[a-z0-9-]+)\)", svg))
+    assert set(re.findall(r'id="([^"]+?)-', svg)) == {"x"}
+    assert not re.search(r"#[0-9a-f]{6}", figures.spectra("s", result("convert", conversion()).layers))
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    results = read_results(folder_with(tmp_path, "convert"))
+    assert page(results) == page(results)
+
+
+# The page.
+
+
+def test_the_page_is_whole_and_leans_on_nothing(tmp_path: Path) -> None:
+    write_results(tmp_path)
+    html = write_report(tmp_path).read_text()
+    checker = checked(html)
+    assert len(checker.ids) == len(set(checker.ids))
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in checker.links)
+    assert not re.search("https?:|<script|@import|//[a-z]", re.sub(r"base64,[^\"]*", "", html))
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    # What a model says is text, not markup.
+    assert "What is &lt;gravity&gt;?" in html
+    assert "A pull &amp; a law." in html
+    assert checker.headings == [
+        "Before and after",
+        "Answers side by side",
+        "Perplexity against cached values",
+        "Layers",
+        "Rotary position embedding",
+        "Block matching",
+        "Healing",
+        "care bench: bench.json",
+        "care inspect: inspect.json",
+        "Recipe, versions, hashes",
+    ]
+    assert "f4ab20b994bd07a3" in html
+    assert "budget: 0.5" in html
+
+
+@pytest.mark.parametrize("command", BODIES)
+def test_every_result_alone_makes_a_page(tmp_path: Path, command: str) -> None:
+    html = write_report(folder_with(tmp_path, command)).read_text()
+    checker = checked(html)
+    assert ("Healing" in checker.headings) == (command == "heal")
+    assert ("Layers" in checker.headings) == (command == "convert")
+    assert ("Perplexity against cached values" in checker.headings) == (command == "compare")
+    assert checker.headings[-1] == "Recipe, versions, hashes"
+
+
+def test_what_a_conversion_does_not_tell_is_left_out(tmp_path: Path) -> None:
+    """As files of before have it: neither model nor recipe, no share of RoPE by head, no block matching."""
+    body = {
+        key: value for key, value in conversion().items() if key not in ("model", "recipe", "fingerprints")
+    }
+    body["match"] = None
+    for row in body["layers"]:
+        del row["rope_kept"], row["match"]
+    write_result(tmp_path / "convert.json", "convert", body)
+    html = write_report(tmp_path).read_text()
+    assert "Singular spectra" in html
+    assert not {"Block matching"} & set(checked(html).headings)
+    assert "RoPE that each head keeps" not in html
+    assert "Recipe: " not in html
+
+
+def test_the_verdict_says_what_was_saved_what_it_cost_and_whether_it_passed(tmp_path: Path) -> None:
+    (verdict,) = verdicts(read_results(folder_with(tmp_path, "convert", "evaluate")))
+    assert verdict.title == "models/original at 50% of its KV cache"
+    assert "caches 192 values per token and layer in place of 384" in verdict.sentence
+    assert "perplexity goes from 14.27 to 16.92 (+18.6 %)" in verdict.sentence
+    assert "passed its check" in verdict.sentence
+    assert [(value, mood) for value, _, mood in verdict.tiles] == [
+        ("50 %", ""), ("+18.6 %", ""), ("0.193", ""), ("passed", "good"),
+    ]  # fmt: skip
+    failed = conversion() | {"verify": {**conversion()["verify"], "passed": False}}
+    write_result(tmp_path / "convert.json", "convert", failed)
+    (verdict,) = verdicts(read_results(tmp_path))
+    assert "FAILED" in verdict.sentence
+    assert verdict.tiles[-1][0::2] == ("failed", "bad")
+
+
+def test_tables_show_models_side_by_side_and_methods_best_first() -> None:
+    table = before_after(result("evaluate", evaluation()))
+    assert table.columns == ["", "original", "model"]
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["cached values per token and layer"] == ["384", "192"]
+    assert rows["text: perplexity (4,088 tokens in blocks of 512)"] == ["14.27", "16.92"]
+    assert rows["arc_easy: acc, 100 items"] == ["0.55 ± 0.04", "0.55 ± 0.04"]
+    assert rows["text: KL to the original, nats per token"] == ["–", "0.21 ± 0.01"]
+    both = [*comparison()["rows"], *comparison(scale=1.1)["rows"]]
+    names = [row[:2] for row in methods(both, comparison()["original"]).rows]
+    assert names[0][0] == "original"
+    assert [row[0] for row in names[1:]] == ["fisher", "fisher", "transmla", "svd"]
+    assert [number(value) for value in (None, True, 1234, 0.123456, 30731.4, [1, 3])] == [
+        "–", "yes", "1,234", "0.1235", "30,731", "1 to 3",
+    ]  # fmt: skip
+
+
+# Bad input: exit 2, one message, nothing written.
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["report", str(folder)]) == 2
+    assert not (folder / "report.html").exists() or MARK not in (folder / "report.html").read_text()
+    return capsys.readouterr().err
+
+
+def test_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--json" in refused(tmp_path, capsys)
+    assert "no such folder" in refused(tmp_path / "missing", capsys)
+
+
+def test_all_json_that_cannot_be_read_is_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_with(tmp_path, "convert")
+    write_result(tmp_path / "new.json", "convert", conversion(), version=2)
+    (tmp_path / "other.json").write_text('{"name": "something"}')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "cut.json").write_text(json.dumps(conversion())[:500])
+    write_result(tmp_path / "lacks.json", "compare", {"rows": []})
+    said = refused(tmp_path, capsys)
+    assert "new.json: its format is 'care-mla/convert/2', and this version reads 'care-mla/convert/1'" in said
+    assert "other.json: its format is None" in said
+    assert "list.json" in said
+    assert "cut.json: it is not JSON, or is cut off" in said
+    assert "lacks.json: it says 'care-mla/compare/1', but lacks original, text" in said
+    assert "convert.json:" not in said.replace("new.json", "")
+
+
+def test_a_page_of_somebody_else_stays_and_ours_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder_with(tmp_path, "verify")
+    (tmp_path / "report.html").write_text("<p>my own notes")
+    assert "report.html exists, and care report did not write it" in refused(tmp_path, capsys)
+    assert (tmp_path / "report.html").read_text() == "<p>my own notes"
+    (tmp_path / "report.html").write_text(f"{MARK}<p>old")
     assert main(["report", str(tmp_path)]) == 0
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "no JSON of care is in it.*--json"),
-        ({"x.json": "{"}, r"x\.json: not JSON"),
-        ({"x.json": '{"format": "care-mla/compare/2"}'}, r"compare/2 is not of this version.*compare/1"),
-        ({"x.json": '{"format": "care-mla/verify/1", "versions": {}, "engine": "vllm", "relative_error": 1, '
-          '"greedy_equal": true, "passed": true}', "report.html": "<p>mine"}, "not written by care report"),
-    ],
-)  # fmt: skip
-def test_bad_folders(files: dict[str, str], message: str, tmp_path: Path) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(OptionError, match=message):
+    assert "Report: " in capsys.readouterr().out
+    assert "<p>old" not in (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(ReportError, match="did not write it"):
         write_report(tmp_path)
-    assert (tmp_path / "report.html").exists() == ("report.html" in files)
 
 
-def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "none")]) == 2
-    assert "is not a folder" in capsys.readouterr().err
+def test_named_files_alone_are_read(tmp_path: Path) -> None:
+    folder_with(tmp_path, "verify", "heal")
+    (tmp_path / "other.json").write_text("{}")
+    assert "Healing" not in write_report(tmp_path, ["verify.json"]).read_text()

@@ -1,7 +1,7 @@
 """`care demo [FOLDER]`: converts the built-in model, checks it, and shows it beside the original. Offline.
 
-Writes FOLDER/model (the converted model), FOLDER/work (intermediate results) and
-FOLDER/{convert,evaluate}.json and FOLDER/report.html.
+Writes FOLDER/model (the converted model), FOLDER/work (intermediate results),
+FOLDER/{convert,evaluate,generate}.json, and FOLDER/report.html, the page about them.
 """
 # Letters: B batch, L positions.
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,17 @@ BUDGET = 0.5
 BLOCK = 512
 PROMPT = "What is gravity? Answer in two sentences."
 NEW_TOKENS = 60
+# What the report shows; other files in the folder do not disturb it.
+RESULTS = ("convert.json", "evaluate.json", "generate.json")
 
 
 def run(arguments: list[str]) -> int:
     """Run the command; returns its exit code: 3 where the converted model fails its check."""
     start = time.perf_counter()
     config = parse(DemoConfig, "demo", arguments)
+    from care_mla.report.page import check_report, write_report
+
+    check_report(config.folder)
     # Everything is in the package; a machine without network must not wait for one.
     os.environ["HF_HUB_OFFLINE"] = "1"
     terminal = console.current()
@@ -38,15 +44,19 @@ def run(arguments: list[str]) -> int:
     converted = _convert(config)
     evaluated = _evaluate(config)
     terminal.step(f"Asking both models: {PROMPT}")
-    answers = {"original": _answer_of_original(), "converted": _answer_of_converted(config.folder / "model")}
-    from care_mla.report.page import write_report
-
+    answers = _answers(config)
+    terminal.step("Writing the report")
+    report = write_report(config.folder, RESULTS)
     seconds = time.perf_counter() - start
     print_conversion(converted)
-    _print(config.folder, evaluated, answers, seconds)
-    report = write_report(config.folder)
-    terminal.out(f"Report: {report}")
-    body = {"convert": converted, "evaluate": evaluated, "prompt": PROMPT, "answers": answers}
+    _print(config.folder, evaluated, answers, report, seconds)
+    body = {
+        "convert": converted,
+        "evaluate": evaluated,
+        "prompt": PROMPT,
+        "answers": answers,
+        "report": str(report),
+    }
     finish(config, "demo", start, body)
     return 0 if converted["verify"]["passed"] else 3
 
@@ -85,6 +95,21 @@ def _evaluate(config: DemoConfig) -> dict[str, Any]:
     return body
 
 
+def _answers(config: DemoConfig) -> dict[str, str]:
+    start = time.perf_counter()
+    folder = config.folder / "model"
+    answers = {"original": _answer_of_original(), "converted": _answer_of_converted(folder)}
+    named = zip((MODEL, str(folder)), answers.values(), strict=True)
+    models = [{"model": model, "text": text} for model, text in named]
+    finish(
+        replace(config, json=config.folder / "generate.json"),
+        "generate",
+        start,
+        {"prompt": PROMPT, "chat_template": True, "models": models},
+    )
+    return answers
+
+
 def _answer_of_original() -> str:
     import torch
 
@@ -121,7 +146,9 @@ def _answer(model: Any, tokenizer: Any) -> str:
     return tokenizer.decode(output_BL[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def _print(folder: Path, evaluated: dict[str, Any], answers: dict[str, str], seconds: float) -> None:
+def _print(
+    folder: Path, evaluated: dict[str, Any], answers: dict[str, str], report: Path, seconds: float
+) -> None:
     terminal = console.current()
     original, converted = evaluated["models"]
     share = converted["cached_values"] / original["cached_values"]
@@ -143,6 +170,6 @@ def _print(folder: Path, evaluated: dict[str, Any], answers: dict[str, str], sec
         f'    model = AutoModelForCausalLM.from_pretrained("{model}")',
         f'    tokenizer = AutoTokenizer.from_pretrained("{model}")',
         f"\nModel: {model}\nResults: {folder / 'convert.json'}, {folder / 'evaluate.json'}",
-        f"Done in {seconds:.0f} seconds.",
+        f"Done in {seconds:.0f} seconds. All of it on one page: {report}",
     ]
     terminal.out("\n".join(lines))

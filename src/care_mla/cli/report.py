@@ -1,4 +1,4 @@
-"""`care report FOLDER`: one page from all JSON that commands wrote into a folder."""
+"""`care report FOLDER`: FOLDER/report.html, one page about every result in the folder."""
 
 from __future__ import annotations
 

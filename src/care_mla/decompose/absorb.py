@@ -57,7 +57,7 @@ def absorbing(
             rope_JPD = _taken_in(layer.k_rope_JPD, layer.k_rope_bias_JP, w_D)
             return replace(layer, k_rope_JPD=rope_JPD, k_rope_bias_JP=None)
 
-        return Decomposition(spectra=decomposition.spectra, cut=cut)
+        return replace(decomposition, cut=cut)
 
     return factored
 

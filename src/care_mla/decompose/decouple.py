@@ -25,7 +25,9 @@ class ComplexSplit:
     """Keys and queries split for the decoupled form; biases are None where the source has none.
 
     `nope_GMD` are the key rows that have lost RoPE, before any rank cut; the query rows that meet them and
-    the shared rope key are `q_nope_NMD` and `q_rope_NPD`.
+    the shared rope key are `q_nope_NMD` and `q_rope_NPD`. `rope_kept_N` is, for each query head, the share of
+    what rotation changes in its logits, sum_f E|q_h,f|^2 (1 - |gamma_h,f|^2) E|k_f|^2, that the rope key
+    carries.
     """
 
     k_rope_PD: Tensor
@@ -36,6 +38,7 @@ class ComplexSplit:
     q_rope_bias_NP: Tensor | None
     q_nope_bias_NM: Tensor | None
     inv_freq_F: Tensor
+    rope_kept_N: Tensor
 
 
 def decouple(
@@ -106,7 +109,22 @@ def decouple(
         q_rope_bias_NP=None if b_q_NF is None else rope_query(b_q_NF[..., None])[..., 0],
         q_nope_bias_NM=None if b_q_NF is None else as_pairs(gamma_NF.conj() * b_q_NF, dim=1),
         inv_freq_F=blocks.inv_freq_B,
+        # E|v k'|^2 = lambda |v|^2, since k' = u^H D k has the second moment lambda.
+        rope_kept_N=_rope_kept(
+            inputs,
+            blocks.unstack((top_B[:, None] * rebuild_BS.abs().square())[..., None], w_k_GFD[..., :1].real),
+        ),
     )
+
+
+def _rope_kept(inputs: LayerInputs, carried_GF1: Tensor) -> Tensor:
+    """By query head, the share of its rotating energy that is in keys of these second moments: (N,)."""
+    key_GF = inputs.key_moment().diagonal().unflatten(0, (inputs.num_kv_heads, 2, -1)).sum(1)
+    turning_NF = inputs.q_energy_NF * (1 - inputs.gamma_NF.abs().square()).clamp_min(0)
+    turning_GnF = turning_NF.unflatten(0, (inputs.num_kv_heads, -1))
+    carried_N = (turning_GnF * carried_GF1[:, None, :, 0]).sum(-1).flatten()
+    whole_N = (turning_GnF * key_GF[:, None]).sum(-1).flatten()
+    return torch.where(whole_N > 0, carried_N / whole_N, torch.ones_like(whole_N))
 
 
 def _key_moments(inputs: LayerInputs, blocks: RopeBlocks) -> Tensor:

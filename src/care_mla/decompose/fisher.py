@@ -120,4 +120,4 @@ def decoupled_latent(
             inv_freq_JF=split.inv_freq_F[None],
         )
 
-    return Decomposition(spectra=(factor.spectrum_K,), cut=cut)
+    return Decomposition(spectra=(factor.spectrum_K,), cut=cut, rope_kept_N=split.rope_kept_N)

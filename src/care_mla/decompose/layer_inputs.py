@@ -144,11 +144,13 @@ class Decomposition:
 
     `spectra` holds, for each latent that is cut separately (one for a joint latent, two for keys and values),
     the loss that dropping each component adds: sums of its tail predict the loss at a rank. `cut(ranks)`
-    builds the layer at the given ranks, one for each spectrum.
+    builds the layer at the given ranks, one for each spectrum. `rope_kept_N` is that of `ComplexSplit`, where
+    the method splits so.
     """
 
     spectra: tuple[Tensor, ...]
     cut: Callable[[tuple[int, ...]], LatentLayer]
+    rope_kept_N: Tensor | None = None
 
 
 def layer_inputs(

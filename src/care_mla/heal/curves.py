@@ -31,21 +31,26 @@ def write_curves(history: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / FIGURE, healing_figure({"": history}, show_losses=True))
 
 
-def healing_figure(histories: Mapping[str, Mapping[str, Any]], *, show_losses: bool = False) -> str:
+def healing_figure(
+    histories: Mapping[str, Mapping[str, Any]],
+    *,
+    show_losses: bool = False,
+    size: tuple[float, float] = (6.4, 3.6),
+) -> str:
     """Held-out KL over the tokens trained on, a curve for each name, as SVG text.
 
     Args:
         histories: by the name in the legend, of trainings as `write_curves` takes them.
         show_losses: also KL on the text of every step, thin.
+        size: width and height in inches.
     """
     import io
 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     with rc_context(SVG):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         for number, (name, history) in enumerate(histories.items()):
             per_step = history["tokens_per_step"]
@@ -60,9 +65,9 @@ def healing_figure(histories: Mapping[str, Mapping[str, Any]], *, show_losses: b
         axes.set_xlabel("tokens trained on")
         axes.set_ylabel("KL(original || healed), nats per token")
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.xaxis.set_major_formatter(EngFormatter())
+        # Plain numbers: powers of ten are several pieces of text, which fall apart in another font.
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
         axes.grid(visible=True, which="both", linewidth=0.3)
         if show_losses:
             axes.plot([], [], color=COLOURS[0], alpha=0.4, linewidth=0.7, label="text trained on")

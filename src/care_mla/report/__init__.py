@@ -1,1 +1,1 @@
-"""A folder of results -> one page that shows them."""
+"""One page that shows what a folder's results say: JSON in, HTML out."""

@@ -1,76 +1,134 @@
-"""The JSON files of a folder that commands of `care` wrote, by command."""
+"""Reads the results in a folder: the JSON that commands write with --json, format care-mla/<command>/1."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from care_mla.errors import OptionError
+from care_mla.errors import CareError
 
-FORMAT = re.compile(r"care-mla/([a-z-]+)/(\d+)")
-VERSION = "1"
+VERSION = 1
+# What the page needs of a result; a command that is not named here is shown as far as it goes.
+REQUIRED = {
+    "convert": ("cached_values", "kv_lora_rank", "qk_rope_head_dim", "form", "output", "layers"),
+    "compare": ("original", "rows", "text"),
+    "evaluate": ("models",),
+    "heal": ("steps", "measurements", "tokens_per_step", "held_out"),
+    "verify": ("engine", "relative_error", "passed"),
+    "generate": ("prompt", "models"),
+}
+FORMAT = re.compile(r"care-mla/(?P<command>[a-z][a-z-]*)/(?P<version>\d+)")
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one command wrote.
+class ReportError(CareError):
+    """A folder's results cannot be read, or its report cannot be written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What a conversion tells about one layer.
 
     Attributes:
-        name: of the file, without its ending.
-        body: the whole JSON.
+        ranks: one, or those of K and V.
+        spectra: squared singular values of what was cut, one list for each of `ranks`, largest first.
+        gamma: by frequency, the mean over heads of |gamma|: 1 is a rotation that the heads do not see.
+        rope_kept: by head, the share of what rotation changes that the RoPE key carries; empty: not known.
+        match: errors of block matching, before and after; None without.
     """
 
-    name: str
+    ranks: list[int]
+    predicted_error: float
+    spectra: list[list[float]]
+    gamma: list[float]
+    rope_kept: list[float]
+    match: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One file. `command` wrote it, `body` is all of it."""
+
+    path: Path
     command: str
-    body: dict[str, Any]
+    body: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Of a conversion, in order."""
+        return [_layer(row) for row in self.body["layers"]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Results:
-    """Everything that a folder holds, in the order of the files' names."""
+    """Everything in a folder, each command's results in the order of their files' names."""
 
     folder: Path
-    found: list[Result] = field(default_factory=list)
+    all: list[Result] = field(default_factory=list)
 
     def of(self, command: str) -> list[Result]:
-        """The results of one command."""
-        return [result for result in self.found if result.command == command]
+        """The results that a command wrote."""
+        return [result for result in self.all if result.command == command]
 
 
-def read_results(folder: Path) -> Results:
-    """Read every `care-mla/*` JSON of a folder; JSON of other programs is passed over.
+def read_results(folder: Path, names: Sequence[str] = ()) -> Results:
+    """Read every JSON file that lies in a folder itself, or those of these names.
 
     Raises:
-        OptionError: there is no such folder, nothing of ours is in it, or a file is broken or of another
-            version.
+        ReportError: there is none, or one is not a result of this version; the message names all of these.
     """
-    if not folder.is_dir():
-        raise OptionError(
-            f"{folder} is not a folder. care report reads the JSON that other commands wrote into one. Make "
-            f"some: care convert MODEL OUT --json {folder / 'convert.json'}"
+    found, problems = [], []
+    for path in [folder / name for name in names] or sorted(folder.glob("*.json")):
+        result = _read(path)
+        if isinstance(result, Result):
+            found.append(result)
+        else:
+            problems.append(f"{path.name}: {result}")
+    if problems:
+        raise ReportError(
+            f"{folder} holds JSON that this version of care cannot show, and no report was written. "
+            f"{'; '.join(problems)}. Move it elsewhere, or make it again with this version."
         )
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise OptionError(f"{path}: not JSON ({error}). Write it again, or take it away.") from error
-        said = body.get("format") if isinstance(body, dict) else None
-        match = FORMAT.fullmatch(said) if isinstance(said, str) else None
-        if match is None:
-            continue
-        if match[2] != VERSION:
-            raise OptionError(
-                f"{path}: format {said} is not of this version, which reads care-mla/{match[1]}/{VERSION}. "
-                f"Write it again with this care, or take it away: care {match[1]} … --json {path}"
-            )
-        found.append(Result(path.stem, match[1], body))
     if not found:
-        raise OptionError(
-            f"{folder}: no JSON of care is in it, so there is nothing to show. Every command writes one with "
-            f"--json, such as care convert MODEL OUT --json {folder / 'convert.json'}"
+        raise ReportError(
+            f"{folder} holds no result, so there is nothing to report. Commands write them with --json: "
+            f"care convert MODEL OUT --json {folder}/convert.json"
         )
-    return Results(folder, found)
+    return Results(folder=folder, all=found)
+
+
+def _read(path: Path) -> Result | str:
+    """The result in a file, or what is wrong with it."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return f"it is not JSON, or is cut off ({error})"
+    said = body.get("format") if isinstance(body, dict) else None
+    match = FORMAT.fullmatch(said) if isinstance(said, str) else None
+    if match is None:
+        return f"its format is {said!r}, and results of care say 'care-mla/COMMAND/{VERSION}'"
+    if int(match["version"]) != VERSION:
+        return f"its format is {said!r}, and this version reads 'care-mla/{match['command']}/{VERSION}'"
+    if missing := [key for key in REQUIRED.get(match["command"], ()) if key not in body]:
+        return f"it says {said!r}, but lacks {', '.join(missing)}"
+    return Result(path=path, command=match["command"], body=body)
+
+
+def _layer(row: Mapping[str, Any]) -> Layer:
+    spectrum = row["spectrum"]
+    match = row.get("match")
+    return Layer(
+        ranks=list(row["ranks"]),
+        predicted_error=row["predicted_error"],
+        spectra=spectrum if spectrum and isinstance(spectrum[0], list) else [spectrum],
+        gamma=row["gamma"],
+        rope_kept=row.get("rope_kept") or [],
+        match=(match["error_before"], match["error_after"]) if match else None,
+    )

@@ -1,0 +1,232 @@
+"""The parts of the page in their order; what the results do not tell is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from care_mla.report import figures, tables
+from care_mla.report.figures import Svg
+from care_mla.report.read import Result, Results
+from care_mla.report.tables import Table
+
+# Shown by their own sections; other commands' results are shown as tables of their values.
+SHOWN = {"convert", "compare", "evaluate", "heal", "verify", "generate", "demo", "report"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture, what it is called, and a sentence on how to read it."""
+
+    title: str
+    svg: Svg
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the page: a line of text, then figures, tables, and texts as they are (title, text)."""
+
+    title: str
+    text: str = ""
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    quotes: list[tuple[str, str]] = field(default_factory=list)
+
+
+def sections(results: Results) -> list[Section]:
+    """Everything below the verdict."""
+    found = [
+        *map(_evaluation, results.of("evaluate")),
+        *map(_conversion, [] if results.of("evaluate") else results.of("convert")),
+        *map(_answers, results.of("generate")),
+        *_comparison(results.of("compare")),
+    ]
+    conversions = results.of("convert")
+    for i, result in enumerate(conversions):
+        suffix = f" ({result.name})" if len(conversions) > 1 else ""
+        found += _layers(f"convert{i}", result, suffix)
+    found += [_healing(f"heal{i}", result) for i, result in enumerate(results.of("heal"))]
+    found += [_other(result) for result in results.all if result.command not in SHOWN]
+    found.append(_origin(results))
+    return found
+
+
+def _evaluation(result: Result) -> Section:
+    models = result.body["models"]
+    names = tables.short_names(models)
+    drawn = list(_position_figures(result.name, models, names))
+    for kind in ("needle", "passkey"):
+        for i, (model, name) in enumerate(zip(models, names, strict=True)):
+            if found := model.get(kind):
+                svg = figures.heat_map(
+                    f"{result.name}-{kind}{i}",
+                    found["score"],
+                    across="where the number stands, % of the text",
+                    down="tokens",
+                    scale="share found",
+                    ticks_across=[f"{100 * depth:.0f}" for depth in found["depths"]],
+                    ticks_down=[f"{length:,}" for length in found["lengths"]],
+                    values=True,
+                )
+                caption = f"% of numbers repeated exactly, hidden in {found.get('haystack', 'a long text')}."
+                drawn.append(Figure(title=f"{kind.title()}: {name}", svg=svg, caption=caption))
+    text = "Measured in one run, the original first. ± is a standard error."
+    return Section(title="Before and after", text=text, tables=[tables.before_after(result)], figures=drawn)
+
+
+def _position_figures(name: str, models: list[Mapping[str, Any]], names: list[str]) -> Iterator[Figure]:
+    for i, stem in enumerate(models[0]["perplexity"]):
+        rows = {
+            short: model["perplexity"][stem].get("by_position") or []
+            for short, model in zip(names, models, strict=True)
+        }
+        if all(len(each) > 1 for each in rows.values()):
+            yield Figure(
+                title=f"Perplexity by position: {stem}",
+                svg=figures.by_position(f"{name}-position{i}", rows),
+                caption="A conversion that suits short texts alone rises to the right of its original.",
+            )
+
+
+def _conversion(result: Result) -> Section:
+    return Section(title="Before and after", tables=[tables.conversion(result)])
+
+
+def _answers(result: Result) -> Section:
+    models = result.body["models"]
+    quotes = [
+        (name, model["text"].strip()) for name, model in zip(tables.short_names(models), models, strict=True)
+    ]
+    return Section(title="Answers side by side", text=f"Asked: {result.body['prompt']}", quotes=quotes)
+
+
+def _comparison(comparisons: list[Result]) -> Iterator[Section]:
+    """Comparisons on the same text with the same original are one picture; their budgets make its lines."""
+    groups: dict[tuple[object, ...], list[Result]] = {}
+    for result in comparisons:
+        text = result.body["text"]
+        original = result.body["original"]
+        key = (text["name"], text["tokens"], text["block"], round(original["perplexity"], 4))
+        groups.setdefault(key, []).append(result)
+    for i, ((text, tokens, block, _), group) in enumerate(groups.items()):
+        original = group[0].body["original"]
+        rows = [row for result in group for row in result.body["rows"]]
+        drawn = [
+            Figure(
+                title=f"Form {form}",
+                svg=figures.pareto(f"compare{i}-{form}", [r for r in rows if r["form"] == form], original),
+                caption="Lower is better; further left is smaller. The dashed level is the original."
+                + (" Bars: from the best to the worst seed." if len(group) > 1 else ""),
+            )
+            for form in dict.fromkeys(row["form"] for row in rows)
+        ]
+        yield Section(
+            title="Perplexity against cached values",
+            text=f"Text: {text}, {tokens:,} tokens in blocks of {block:,}. Every method has the same "
+            "calibration, damping and cached values as the others in its run.",
+            figures=drawn,
+            tables=[tables.methods(rows, original)],
+        )
+
+
+def _layers(name: str, result: Result, suffix: str) -> Iterator[Section]:
+    layers = result.layers
+    parts = ["K", "V"] if len(layers[0].ranks) == 2 and len(layers[0].spectra) == 2 else [""]
+    drawn = [
+        Figure(
+            title="Error by layer",
+            svg=figures.layer_errors(f"{name}-errors", layers),
+            caption="What the factors lose of each layer's keys and values, in the method's own weights.",
+        )
+    ]
+    for i, part in enumerate(parts):
+        of = f" of {part}" if part else ""
+        drawn += [
+            Figure(
+                title=f"Error by layer and rank{of}",
+                svg=figures.error_by_rank(f"{name}-tails{i}", layers, i),
+                caption="Every rank that could have been taken: the lighter, the less is lost.",
+            ),
+            Figure(
+                title=f"Singular spectra{of}",
+                svg=figures.spectra(f"{name}-spectra{i}", layers, i),
+                caption="The steeper a curve falls, the less a small latent costs that layer.",
+            ),
+        ]
+    drawn.insert(
+        1,
+        Figure(
+            title="Ranks by layer",
+            svg=figures.rank_profile(f"{name}-ranks", layers),
+            caption="Values per token that each layer's latent caches, the RoPE key not counted.",
+        ),
+    )
+    yield Section(title=f"Layers{suffix}", figures=drawn)
+    yield from _rope(name, result, suffix)
+    if all(layer.match is not None for layer in layers):
+        match = result.body.get("match") or {}
+        kl = match.get("held_out_kl")
+        text = f"KL on held-out text: {kl['before']:.4g} before, {kl['after']:.4g} after." if kl else ""
+        svg = figures.match_errors(f"{name}-match", layers)
+        caption = "Squared error of the stream after each layer's attention, by the loss that trains it."
+        figure = Figure(title="Error before and after", svg=svg, caption=caption)
+        yield Section(title=f"Block matching{suffix}", text=text, figures=[figure])
+
+
+def _rope(name: str, result: Result, suffix: str) -> Iterator[Section]:
+    layers = result.layers
+    drawn = [
+        Figure(
+            title="Mean rotation that heads see, |γ|",
+            svg=figures.heat_map(
+                f"{name}-gamma", [layer.gamma for layer in layers],
+                across="RoPE frequency, fast to slow", down="layer", scale="mean |γ| of the heads",
+            ),
+            caption="1: rotation hardly moves within what a head attends to, and can go; 0: it matters most.",
+        )
+    ]  # fmt: skip
+    if all(layer.rope_kept for layer in layers):
+        drawn.append(
+            Figure(
+                title="RoPE that each head keeps",
+                svg=figures.heat_map(
+                    f"{name}-kept", [layer.rope_kept for layer in layers],
+                    across="query head", down="layer", scale="share kept",
+                ),
+                caption="Share of what rotation changes in a head's logits that the one RoPE key carries.",
+            )
+        )  # fmt: skip
+    yield Section(title=f"Rotary position embedding{suffix}", figures=drawn)
+
+
+def _healing(name: str, result: Result) -> Section:
+    figure = Figure(
+        title="Learning curve",
+        svg=figures.learning_curve(name, result.body),
+        caption="KL to the original, on the text of every step and on held-out text.",
+    )
+    return Section(title="Healing", figures=[figure], tables=[tables.healing(result)])
+
+
+def _other(result: Result) -> Section:
+    shown = [table for table in [tables.plain(result.body)] if table.rows]
+    rows = result.body.get("rows")
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+        shown.append(tables.row_table(rows))
+    return Section(title=f"care {result.command}: {result.path.name}", tables=shown)
+
+
+def _origin(results: Results) -> Section:
+    shown = [tables.sources(results), tables.checks(results)]
+    quotes = []
+    for result in results.of("convert"):
+        shown += [tables.fingerprints(result), tables.stages(result)]
+        if recipe := result.body.get("recipe"):
+            quotes.append((f"Recipe: {result.path.name}", recipe.strip()))
+    for result in results.all:
+        if warnings := result.body.get("warnings"):
+            quotes.append((f"Warnings: {result.path.name}", "\n".join(warnings)))
+    text = "The same recipe with the same versions gives the same files."
+    return Section(title="Recipe, versions, hashes", text=text, tables=[t for t in shown if t], quotes=quotes)
