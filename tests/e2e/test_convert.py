@@ -131,7 +131,7 @@ def test_verify_fails_one_changed_tensor(converted: Conversion, tmp_path: Path) 
 def test_evaluate_original_and_converted(converted: Conversion) -> None:
     done = care(converted.folder, "evaluate", "model", "OUT", "--perplexity", "text.txt", "--block", "256")
     assert done.code == 0, done.err
-    assert set(done.json) == HEAD | {"models"}
+    assert set(done.json) == HEAD | {"models", "limit", "seed"}
     original, converted_row = done.json["models"]
     for row, model, values in ((original, "model", 64), (converted_row, "OUT", 32)):
         assert {"model", "cached_values", "cache_bytes_per_token", "perplexity"} <= set(row)
