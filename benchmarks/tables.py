@@ -235,33 +235,66 @@ HEALING = {
 
 def healing() -> str:
     """Every row of benchmarks/healing: one-shot and healed, beside what it must reach."""
+    (plain,) = read("healing/plain.json")
     lines = []
     for name, (cache, *targets) in HEALING.items():
         goal = " / ".join(f"{target:.2f}" for target in targets)
-        path = HERE / "healing" / name / "result.json"
-        if not path.is_file():
-            lines.append([cache, "-", "-", goal, "-", "-"])
-            continue
-        result = json.loads(path.read_text(encoding="utf-8"))
-        original, *others = (list(model["perplexity"].values()) for model in result["models"])
-        ratios = [
-            " / ".join(
-                f"{text['value'] / base['value']:.3f}" for text, base in zip(texts, original, strict=True)
-            )
-            for texts in others
-        ]
+        (result,) = read(f"healing/{name}/result.json")
         heal = result["heal"]
-        minutes, use = heal["training_seconds"] / 60, heal["model_flop_utilisation"]
-        speed = f"{heal['tokens_per_second']:,.0f}" + (f" ({use:.0%} of peak)" if use else "")
-        lines.append([cache, *ratios, goal, f"{minutes:.1f}", speed])
-    columns = ["cached values", "converted", "healed", "must reach", "minutes", "tokens per second"]
+        if "models" in result:
+            models = [[text["value"] for text in model["perplexity"].values()] for model in result["models"]]
+            ratios = [_ratios(values, models[0]) for values in models[1:]]
+        else:  # not measured in its own run
+            (other,) = read("healing/quarter/result.json")
+            base = [text["value"] for text in other["models"][0]["perplexity"].values()]
+            ratios = ["-", _ratios(list(plain["perplexity"][name].values()), base) + " (plain)"]
+        tokens = heal["steps"][-1]["step"] * heal["tokens_per_step"] / 1e6
+        minutes = heal["training_seconds"] / 60
+        lines.append([cache, *ratios, goal, f"{tokens:.0f} M", f"{minutes:.1f}", heal["train"]])
+    columns = ["cached values", "converted", "healed", "must reach", "tokens", "minutes", "trained"]
     return markdown(columns, lines)
+
+
+def _ratios(values: list[float], base: list[float]) -> str:
+    return " / ".join(f"{value / original:.3f}" for value, original in zip(values, base, strict=True))
+
+
+def healing_init() -> str:
+    """The same healing from several initialisations."""
+    (result,) = read("healing/init/init.json")
+    lines = [
+        [
+            f"`{method}`",
+            row["form"],
+            *(f"{row['held_out'][when]:.3f}" for when in ("before", "after")),
+            f"{row['measurements'][-1]['step'] * row['tokens_per_step'] / 1e6:.1f} M",
+        ]
+        for method, row in result["methods"].items()
+    ]
+    return markdown(["method", "form", "KL before", "KL after", "tokens"], lines)
+
+
+def healing_probes() -> str:
+    """What trains, and how fast: short trainings at a quarter of the cache."""
+    (result,) = read("healing/probes.json")
+    lines = [
+        [
+            row["train"],
+            f"{row['learning_rate']:g}",
+            f"{row['held_out']['after']:.3f}",
+            f"{row['measurements'][-1]['step'] * row['tokens_per_step'] / 1e6:.1f} M",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["trained", "learning rate", "KL after", "tokens"], lines)
 
 
 TABLES = {
     "matching": matching,
     "matching-trials": matching_trials,
     "healing": healing,
+    "healing-init": healing_init,
+    "healing-probes": healing_probes,
     "llama-cpp": llama_cpp,
     "one-shot-0.5": lambda: one_shot("0.5"),
     "one-shot-0.25": lambda: one_shot("0.25"),

@@ -119,7 +119,7 @@ def test_the_learning_curve_is_text_that_can_be_read(folder: Path) -> None:
     svg = (folder / "HEALED/care_reference/healing.svg").read_text()
     words = " ".join(ElementTree.fromstring(svg).itertext())
     assert "tokens trained on" in words
-    assert "KL(original || healed), nats per token" in words
+    assert "KL to the original, nats per token" in words
     assert svg == (folder / "HEALED.work/healing.svg").read_text()
     history = json.loads((folder / "HEALED/care_reference/healing.json").read_text())
     body = json.loads((folder / "healed.json").read_text())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from care_mla.errors import OptionError
 from care_mla.heal.engine import (
@@ -23,6 +24,12 @@ from care_mla.heal.student import StudentFolder, choose_weights
 from export_cases import export, token_ids
 from heal_cases import options
 from latent_models import load
+
+
+@pytest.fixture(autouse=True)
+def _other_device_each_time() -> None:
+    """Accelerate keeps the device of its first use, and some tests are of a CPU on any machine."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def distiller(folder: Path, train: str = "attention") -> Distiller:
@@ -73,7 +80,7 @@ def test_an_optimiser_comes_back_to_the_bit(tmp_path: Path) -> None:
         optimizer.zero_grad()
     others = trained_parameters(second)
     other = torch.optim.AdamW(others.values(), lr=1e-3)
-    accelerator = make_accelerator(options(), tmp_path)
+    accelerator = Accelerator(cpu=True)
     moments = copies(optimizer_tensors(optimizer, parameters), accelerator)
     restore(other, others, copies(parameters, accelerator), moments)
     for model, opt in ((first, optimizer), (second, other)):
