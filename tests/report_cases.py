@@ -180,6 +180,13 @@ def write_result(path: Path, command: str, body: dict[str, Any], *, version: int
     path.write_text(json.dumps({"format": f"care-mla/{command}/{version}", **HEAD, **body}))
 
 
+def folder_with(folder: Path, *commands: str) -> Path:
+    """A folder with one result of each of these commands."""
+    for command in commands:
+        write_result(folder / f"{command}.json", command, BODIES[command])
+    return folder
+
+
 def write_results(folder: Path) -> None:
     """One result of every command, and a second comparison at half the size."""
     for command, body in BODIES.items():

@@ -1,8 +1,7 @@
-"""The report: what each figure shows, which sections the page has, and what is refused."""
+"""The report: what each figure shows, which sections the page has, and what it says."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -11,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from care_mla.cli.main import main
 from care_mla.heal.curves import healing_figure
 from care_mla.report import figures
-from care_mla.report.page import MARK, page, write_report
-from care_mla.report.read import ReportError, Result, read_results
+from care_mla.report.page import page, write_report
+from care_mla.report.read import Result, read_results
 from care_mla.report.tables import before_after, candidates, choices, methods, number
 from care_mla.report.verdict import verdicts
 from report_cases import (
@@ -24,6 +22,7 @@ from report_cases import (
     conversion,
     evaluated,
     evaluation,
+    folder_with,
     healing,
     write_result,
     write_results,
@@ -77,12 +76,6 @@ def texts(svg: str) -> list[str]:
 
 def result(command: str, body: dict[str, Any]) -> Result:
     return Result(path=Path(f"{command}.json"), command=command, body=body)
-
-
-def folder_with(folder: Path, *commands: str) -> Path:
-    for command in commands:
-        write_result(folder / f"{command}.json", command, BODIES[command])
-    return folder
 
 
 # Figures: data in, labels and values in the text of the SVG.
@@ -179,7 +172,7 @@ def test_the_page_is_whole_and_leans_on_nothing(tmp_path: Path) -> None:
     assert "@media print" in html
     # What a model says is text, not markup.
     assert "What is &lt;gravity&gt;?" in html
-    assert "A pull &amp; a law." in html
+    assert "<p>A <u>pull &amp; a law.</u></p>" in html
     assert checker.headings == [
         "Before and after",
         "Needle in a haystack",
@@ -315,56 +308,13 @@ def test_results_of_one_command_are_told_apart(tmp_path: Path) -> None:
     assert {"Before and after (a)", "Needle in a haystack (b)", "Layers (a-convert)"} <= set(headings)
 
 
-# Bad input: exit 2, one message, nothing written.
-
-
-def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["report", str(folder)]) == 2
-    assert not (folder / "report.html").exists() or MARK not in (folder / "report.html").read_text()
-    return capsys.readouterr().err
-
-
-def test_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--json" in refused(tmp_path, capsys)
-    assert "no such folder" in refused(tmp_path / "missing", capsys)
-
-
-def test_all_json_that_cannot_be_read_is_named_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder_with(tmp_path, "convert")
-    write_result(tmp_path / "new.json", "convert", conversion(), version=2)
-    (tmp_path / "other.json").write_text('{"name": "something"}')
-    (tmp_path / "list.json").write_text("[1]")
-    (tmp_path / "cut.json").write_text(json.dumps(conversion())[:500])
-    write_result(tmp_path / "lacks.json", "compare", {"rows": []})
-    said = refused(tmp_path, capsys)
-    assert "new.json: its format is 'care-mla/convert/2', and this version reads 'care-mla/convert/1'" in said
-    assert "other.json: its format is None" in said
-    assert "list.json" in said
-    assert "cut.json: it is not JSON, or is cut off" in said
-    assert "lacks.json: it says 'care-mla/compare/1', but lacks original, text" in said
-    assert "convert.json:" not in said.replace("new.json", "")
-
-
-def test_a_page_of_somebody_else_stays_and_ours_is_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder_with(tmp_path, "verify")
-    (tmp_path / "report.html").write_text("<p>my own notes")
-    assert "report.html exists, and care report did not write it" in refused(tmp_path, capsys)
-    assert (tmp_path / "report.html").read_text() == "<p>my own notes"
-    (tmp_path / "report.html").write_text(f"{MARK}<p>old")
-    assert main(["report", str(tmp_path)]) == 0
-    assert "Report: " in capsys.readouterr().out
-    assert "<p>old" not in (tmp_path / "report.html").read_text()
-    (tmp_path / "report.html").unlink()
-    (tmp_path / "report.html").mkdir()
-    with pytest.raises(ReportError, match="did not write it"):
-        write_report(tmp_path)
-
-
-def test_named_files_alone_are_read(tmp_path: Path) -> None:
-    folder_with(tmp_path, "verify", "heal")
-    (tmp_path / "other.json").write_text("{}")
-    assert "Healing" not in write_report(tmp_path, ["verify.json"]).read_text()
+def test_answers_are_underlined_from_where_they_part(tmp_path: Path) -> None:
+    texts = ["One two\nthree.", "One two\nfour.", "One two", "One two\nthree. More"]
+    models = [{"model": str(i), "text": text} for i, text in enumerate(texts)]
+    write_result(tmp_path / "g.json", "generate", {"prompt": "?", "models": models})
+    html = write_report(tmp_path).read_text()
+    shown = re.findall(r"<blockquote><h3>.*</h3><p>([^§]*?)</p></blockquote>", html)
+    assert shown == [
+        "One two\nthree.", "One two\n<u>four.</u>", "One two", "One two\nthree. <u>More</u>",
+    ]  # fmt: skip
+    assert "Underlined" in html

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from care_mla.report import figures, tables
@@ -25,14 +27,23 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quote:
+    """A text as it is; `parted` is the rest of it that differs from the first one."""
+
+    title: str
+    text: str
+    parted: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the page: a line of text, then figures, tables, and texts as they are (title, text)."""
+    """A part of the page: a line of text, then figures, tables, and texts as they are."""
 
     title: str
     text: str = ""
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    quotes: list[tuple[str, str]] = field(default_factory=list)
+    quotes: list[Quote] = field(default_factory=list)
 
 
 def sections(results: Results) -> list[Section]:
@@ -65,7 +76,9 @@ def _warnings(results: Results) -> Iterator[Section]:
         for warning in result.body.get("warnings") or []:
             files.setdefault(warning, []).append(result.path.name)
     if files:
-        quotes = [(", ".join(dict.fromkeys(names)), warning) for warning, names in files.items()]
+        quotes = [
+            Quote(title=", ".join(dict.fromkeys(names)), text=warning) for warning, names in files.items()
+        ]
         yield Section(title="Warnings", quotes=quotes)
 
 
@@ -123,10 +136,16 @@ def _conversion(result: Result, suffix: str, *, is_measured: bool) -> Iterator[S
 
 def _answers(result: Result) -> Section:
     models = result.body["models"]
-    quotes = [
-        (name, model["text"].strip()) for name, model in zip(tables.short_names(models), models, strict=True)
-    ]
-    return Section(title="Answers side by side", text=f"Asked: {result.body['prompt']}", quotes=quotes)
+    words = [re.findall(r"\S+\s*", model["text"]) for model in models]
+    quotes = []
+    for name, found in zip(tables.short_names(models), words, strict=True):
+        pairs = zip(found, words[0], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0].strip() == pair[1].strip(), pairs))
+        quotes.append(Quote(title=name, text="".join(found[:same]), parted="".join(found[same:]).strip()))
+    text = f"Asked: {result.body['prompt']}"
+    if any(quote.parted for quote in quotes):
+        text += " (Underlined: from where an answer parts from the first.)"
+    return Section(title="Answers side by side", text=text, quotes=quotes)
 
 
 def _comparison(comparisons: list[Result]) -> Iterator[Section]:
@@ -261,6 +280,6 @@ def _origin(results: Results) -> Section:
     for result in results.of("convert"):
         shown += [tables.fingerprints(result), tables.stages(result)]
         if recipe := result.body.get("recipe"):
-            quotes.append((f"Recipe: {result.path.name}", recipe.strip()))
+            quotes.append(Quote(title=f"Recipe: {result.path.name}", text=recipe.strip()))
     text = "The same recipe with the same versions gives the same files."
     return Section(title="Recipe, versions, hashes", text=text, tables=[t for t in shown if t], quotes=quotes)

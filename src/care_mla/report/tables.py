@@ -204,9 +204,9 @@ def checks(results: Results) -> Table | None:
                     result.path.name,
                     f"{verify['engine']}: " + ("passed" if verify["passed"] else "FAILED"),
                     number(verify["relative_error"]),
-                    number(verify["max_abs_logprob_difference"]),
-                    number(verify["greedy_equal"]),
-                    number(verify["cached_values"]),
+                    number(verify.get("max_abs_logprob_difference")),
+                    number(verify.get("greedy_equal")),
+                    number(verify.get("cached_values")),
                 ]
             )
     columns = ["", "engine", "relative error of logits", "largest log probability difference",
