@@ -146,6 +146,10 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "allocation": choice.allocation,
             "profile": profile,
             "held_out_kl": held_out_kl,
+            "candidates": [
+                {"candidate": label, "kl": kl, "chosen": label == choice.label}
+                for label, kl in (choice.candidates_kl or {}).items()
+            ],
             "rope": {
                 "type": source.facts.rope_type,
                 "table": choice.variant.rope_table,
