@@ -255,6 +255,25 @@ def healing() -> str:
     return markdown(columns, lines)
 
 
+def healed() -> str:
+    """The README's table of healing: decoupled models, perplexity on the whole WikiText-2 test."""
+    (plain,) = read("healing/plain.json")
+    lines = []
+    for name in ("half-32-160", "quarter", "eighth"):
+        (result,) = read(f"healing/{name}/result.json")
+        heal, cached = result["heal"], result["convert"]["cached_values"]
+        tokens = heal["steps"][-1]["step"] * heal["tokens_per_step"] / 1e6
+        if "models" in result:
+            texts = [next(iter(model["perplexity"].values()))["value"] for model in result["models"]]
+        else:
+            texts = [None, None, plain["perplexity"][name]["wiki.test"]]
+        if not lines:
+            lines.append(["original", f"{cached['original']:g}", "", f"{texts[0]:.1f}"])
+        shown = [f"{value:.1f}" if value else "-" for value in texts[1:]]
+        lines.append([f"healed on {tokens:.0f} M tokens", f"{cached['converted']:g}", *shown])
+    return markdown(["decoupled, stock engines", "cached values", "converted", "healed"], lines)
+
+
 def _ratios(values: list[float], base: list[float]) -> str:
     return " / ".join(f"{value / original:.3f}" for value, original in zip(values, base, strict=True))
 
@@ -293,6 +312,7 @@ TABLES = {
     "matching": matching,
     "matching-trials": matching_trials,
     "healing": healing,
+    "healed": healed,
     "healing-init": healing_init,
     "healing-probes": healing_probes,
     "llama-cpp": llama_cpp,

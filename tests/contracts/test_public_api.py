@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import care_mla
+from care_mla.bench_config import BenchConfig
 from care_mla.cli.main import COMMANDS, help_text
 from care_mla.configs import (
     CompareConfig,
@@ -34,6 +35,7 @@ CONFIGS = {
     "heal": HealConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
+    "bench": BenchConfig,
     "report": ReportConfig,
     "demo": DemoConfig,
 }
@@ -62,6 +64,10 @@ OPTIONS = {
     ),
     "export": "quiet json model output profile quantization kv_lora_rank overwrite",
     "verify": "quiet json model engine",
+    "bench": (
+        "quiet json what models context batch_size new_tokens repeats dtype conversion scratch device "
+        "trust_remote_code"
+    ),
     "report": "quiet json folder",
     "demo": "quiet json folder overwrite",
 }
@@ -109,7 +115,7 @@ def test_help_shows_and_explains_every_option(command: str) -> None:
     text = " ".join(done.stdout.replace("│", " ").split())
     assert f"usage: care {command}" in text
     for f in fields(CONFIGS[command]):
-        is_argument = f.name in ("model", "models", "output", "folder")
+        is_argument = f.name in ("what", "model", "models", "output", "folder")
         shown = f.name.removesuffix("s").upper() if is_argument else f"--{f.name.replace('_', '-')}"
         assert shown in text, f"{shown} is missing from the help"
     assert "(default: None) (default" not in text
