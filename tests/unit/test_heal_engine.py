@@ -105,6 +105,23 @@ def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
         make_accelerator(options(device="cuda"), tmp_path)
 
 
+def test_layers_of_unequal_ranks_are_compiled_without_their_attention(tmp_path: Path) -> None:
+    export(tmp_path, tokenizer=False)
+    equal, unequal = distiller(tmp_path), distiller(tmp_path)
+    unequal.student.config.kv_lora_rank = [8, 4]
+    for both in (equal, unequal):
+        place(both, Accelerator(cpu=True), options(compile=True))
+    compiled = [
+        {name for name, part in both.named_modules() if part._compiled_call_impl is not None}
+        for both in (equal, unequal)
+    ]
+    layers = {f"{model}.model.layers.{i}" for model in ("student", "teacher") for i in (0, 1)}
+    assert compiled[0] == layers
+    assert compiled[1] > {name for name in layers if name.startswith("teacher")}
+    assert "student.model.layers.1.mlp" in compiled[1]
+    assert not any(name.endswith("self_attn") for name in compiled[1])
+
+
 @pytest.mark.gpu
 def test_compiled_in_bfloat16_it_trains_as_it_does_in_float32(tmp_path: Path) -> None:
     export(tmp_path, tokenizer=False)

@@ -154,12 +154,22 @@ def place(distiller: Distiller, accelerator: Accelerator, config: HealConfig) ->
 
 
 def compile_parts(distiller: Distiller) -> None:
-    """Compile every layer and the loss: one compilation serves all layers that have the same sizes."""
-    layers = (*distiller.student.model.layers, *distiller.teacher.model.layers)
-    # Of both models, in training and measuring, and for every rank that layers differ by.
-    torch._dynamo.config.recompile_limit = max(64, 4 * len(layers))
-    for layer in layers:
-        layer.compile()
+    """Compile every layer and the loss: one compilation serves all layers that have the same sizes.
+
+    Where ranks differ by layer, each would want one of its own, for minutes: there the student's attention
+    stays as it is.
+    """
+    student, teacher = distiller.student, distiller.teacher
+    parts: list[nn.Module] = [*teacher.model.layers]
+    for layer in student.model.layers:
+        if len(set(student.config.kv_lora_rank)) == 1:
+            parts.append(layer)
+        else:
+            parts += [part for name, part in layer.named_children() if name != "self_attn"]
+    # Of both models, in training and measuring.
+    torch._dynamo.config.recompile_limit = max(64, 4 * len(parts))
+    for part in parts:
+        part.compile()
     distiller.chunk_loss = torch.compile(loss_of_chunk)
 
 
