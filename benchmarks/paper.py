@@ -1,8 +1,8 @@
 """The runs behind these folders that a CPU can do, as `care` commands: `make bench-paper` does them all.
 
     python benchmarks/paper.py --perplexity wiki.test.raw --alpaca alpaca.json --wikitext wiki.valid.txt
-    python benchmarks/paper.py … --only allocation/      # those whose JSON begins so
-    python benchmarks/paper.py … --list                  # print the commands, and do nothing
+    python benchmarks/paper.py … --only allocation covariance   # some of the folders
+    python benchmarks/paper.py … --list                         # print the commands, and do nothing
 
 Writes to the folder `bench-paper` (--output): JSON under the names that it has here, calibration and models
 under `work`. What is there already is not done again.
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+FOLDERS = ("one-shot", "allocation", "covariance", "calibration", "paper-table-1")
 BUDGETS = (0.75, 0.5, 0.25, 0.125)
 SEEDS = (0, 1, 2)
 # Where one thing is varied, nothing else is chosen.
@@ -55,8 +56,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Run:
-    """One command, and what it leaves: a file or a folder, under its name in the output folder."""
+    """One command, its folder here, and what it leaves: a file or a folder, by its path in the output folder."""
 
+    folder: str
     target: str
     words: tuple[str, ...]
 
@@ -75,7 +77,7 @@ def compare(texts: Texts, output: Path, target: str, work: str, *words: str) -> 
     """`care compare` on the first 8,192 tokens of the test set, in blocks of 1,024."""
     measured = ("--perplexity", str(texts.perplexity), "--block", "1024", "--max-tokens", "8192")
     folders = ("--work", str(output / "work" / work), "--json", str(output / target))
-    return Run(target, ("care", "compare", "demo", *words, *measured, *folders))
+    return Run(Path(target).parent.name, target, ("care", "compare", "demo", *words, *measured, *folders))
 
 
 def calibrated(source: str, tokens: int = 8192, length: int = 256) -> tuple[str, ...]:
@@ -119,7 +121,7 @@ def calibration(texts: Texts, output: Path) -> Iterator[Run]:
             parts = [written if part == "self" else sources[part] for part in source.split("+")]
             sources[source] = str(output / "work" / f"{source}.txt")
             mix = (sys.executable, str(HERE / "calibration" / "mix.py"), *parts)
-            yield Run(f"work/{source}.txt", (*mix, "--output", sources[source]))
+            yield Run("calibration", f"work/{source}.txt", (*mix, "--output", sources[source]))
         name = f"{source}-{tokens}x{length}"
         options = ("--budget", "0.5", *calibrated(sources[source], tokens, length), *UNIFORM)
         methods = ("--methods", "fisher,care-u")
@@ -147,11 +149,13 @@ def tasks(texts: Texts, output: Path) -> Iterator[Run]:
         work = ("--work", str(output / "work" / "alpaca-8192x32"))
         calibration_of = calibrated(str(texts.alpaca), 8192, 32)
         folders.append(str(output / folder))
-        yield Run(folder, ("care", "convert", "demo", folders[-1], *words, *calibration_of, *work))
+        yield Run(
+            "paper-table-1", folder, ("care", "convert", "demo", folders[-1], *words, *calibration_of, *work)
+        )
     target = "paper-table-1/tasks.json"
     files = ",".join(map(str, texts.tasks))
     measured = ("--tasks", files, "--limit", "100", "--json", str(output / target))
-    yield Run(target, ("care", "evaluate", "demo", *folders, *measured))
+    yield Run("paper-table-1", target, ("care", "evaluate", "demo", *folders, *measured))
 
 
 def main() -> int:
@@ -162,7 +166,7 @@ def main() -> int:
     parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2, validation set")
     parser.add_argument("--tasks", type=Path, nargs="*", default=[], help="questions for care evaluate, JSON")
     parser.add_argument("--output", type=Path, default=Path("bench-paper"))
-    parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names of JSON files")
+    parser.add_argument("--only", nargs="*", choices=FOLDERS, default=FOLDERS, help="folders of benchmarks")
     parser.add_argument("--list", action="store_true", help="print the commands, and do nothing")
     arguments = parser.parse_args()
     texts = Texts(arguments.perplexity, arguments.alpaca, arguments.wikitext, tuple(arguments.tasks))
@@ -170,8 +174,7 @@ def main() -> int:
         if not arguments.list and not path.is_file():
             parser.error(f"{path}: there is no such file. benchmarks/README.md says which files are needed.")
     for run in runs(texts, arguments.output):
-        # Texts and models in `work` are made for the runs behind them.
-        if not run.target.startswith((*arguments.only, "work/")) or (arguments.output / run.target).exists():
+        if run.folder not in arguments.only or (arguments.output / run.target).exists():
             continue
         sys.stderr.write(f"{shlex.join(run.words)}\n")
         if arguments.list:
