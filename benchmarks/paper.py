@@ -56,7 +56,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Run:
-    """One command, its folder here, and what it leaves: a file or a folder, by its path in the output folder."""
+    """One command, the folder here that it is for, and what it leaves in the output folder."""
 
     folder: str
     target: str
