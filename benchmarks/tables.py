@@ -1,7 +1,7 @@
-"""Makes the tables of benchmarks/*/README.md, and docs/models.md, from the JSON beside them.
+"""Makes tables and figures of the README, of docs and of benchmarks from JSON, and all of docs/models.md.
 
-`python benchmarks/tables.py` rewrites what lies between `<!-- table: NAME -->` and `<!-- end -->`; with
-`--check` it only says whether that would change anything (exit code 1).
+`python benchmarks/tables.py` rewrites what lies between `<!-- table: NAME -->` and `<!-- end -->`, and the
+figures that figures.py knows; with `--check` it only says whether that would change anything (exit code 1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from figures import with_figures
 from models_page import PAGE, models_page
+from paper_tables import PAPER_TABLES
 
 HERE = Path(__file__).parent
 MARKED = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -263,6 +265,9 @@ TABLES = {
     "matching-trials": matching_trials,
     "healing": healing,
     "llama-cpp": llama_cpp,
+    **PAPER_TABLES,
+    "one-shot-0.75": lambda: one_shot("0.75"),
+    "one-shot-0.125": lambda: one_shot("0.125"),
     "one-shot-0.5": lambda: one_shot("0.5"),
     "one-shot-0.25": lambda: one_shot("0.25"),
     "long-blocks": long_blocks,
@@ -274,11 +279,12 @@ TABLES = {
 
 
 def main() -> int:
-    """Rewrite or check all tables; returns the exit code."""
+    """Rewrite or check all tables and figures; returns the exit code."""
     stale = []
-    for path in [HERE.parent / "README.md", *sorted(HERE.glob("*/*.md"))]:
+    root = HERE.parent
+    for path in [root / "README.md", *sorted([*root.glob("docs/*.md"), *HERE.glob("**/*.md")])]:
         text = path.read_text(encoding="utf-8")
-        made = MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[3], text)
+        made = with_figures(MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[3], text))
         if made != text:
             stale.append(str(path.relative_to(HERE.parent)))
             if "--check" not in sys.argv:
