@@ -31,7 +31,7 @@ def perplexity(value: float) -> str:
 
 def spread(values: list[float]) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
-    return perplexity(mean(values)) + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def of(result: dict[str, Any], method: str, form: str = "exact-rope") -> dict[str, Any]:

@@ -11,12 +11,12 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from figures import with_figures
 from models_page import PAGE, models_page
-from paper_tables import PAPER_TABLES
+from paper_tables import PAPER_TABLES, markdown, spread
 
 HERE = Path(__file__).parent
 MARKED = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,17 +25,6 @@ MARKED = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.
 def read(pattern: str) -> list[dict[str, Any]]:
     """All results that match, in the order of their names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob(pattern))]
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def one_shot(budget: str) -> str:
