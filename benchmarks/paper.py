@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from care_mla.workspace import read_json, write_json
+
 HERE = Path(__file__).parent
 FOLDERS = ("one-shot", "allocation", "covariance", "calibration", "paper-table-1")
 BUDGETS = (0.75, 0.5, 0.25, 0.125)
@@ -158,6 +160,15 @@ def tasks(texts: Texts, output: Path) -> Iterator[Run]:
     yield Run("paper-table-1", target, ("care", "evaluate", "demo", *folders, *measured))
 
 
+def remove_questions(path: Path) -> None:
+    """Take the examples out of a result of `care evaluate`: questions are not ours to publish."""
+    result = read_json(path)
+    for model in result["models"]:
+        for task in model["tasks"].values():
+            del task["example"]
+    write_json(path, result)
+
+
 def main() -> int:
     """Do, or print, the runs asked for; stops at the first that fails and returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -184,6 +195,8 @@ def main() -> int:
         done = subprocess.run([*program, *run.words[1:]], check=False)
         if done.returncode:
             return done.returncode
+        if run.words[1] == "evaluate":
+            remove_questions(arguments.output / run.target)
     return 0
 
 
