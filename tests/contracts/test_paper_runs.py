@@ -98,3 +98,14 @@ def test_make_names_the_text_that_is_missing() -> None:
     )
     assert done.returncode == 2
     assert "PERPLEXITY=nowhere.raw: there is no such file" in done.stdout
+
+
+def test_mixtures_have_equal_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "aa " * 2000}, {"text": "aa " * 2000}]))
+    (tmp_path / "b.txt").write_text("bb " * 1000)
+    words = ["a.json", "b.txt", "--output", "mixed.txt"]
+    mix = str(ROOT / "benchmarks" / "calibration" / "mix.py")
+    subprocess.run([sys.executable, mix, *words], cwd=tmp_path, check=True)
+    mixed = (tmp_path / "mixed.txt").read_text().split()
+    assert mixed.count("bb") == 1000
+    assert mixed.count("aa") == pytest.approx(1000, rel=0.05)
