@@ -90,11 +90,11 @@ def damping() -> str:
     rows = [
         [
             f"{run['calibration']['damping']:g}",
-            *[perplexity(of(run, method)["perplexity"]) for method in ("care-u", "care-c", "fisher")],
+            *[perplexity(of(run, method)["perplexity"]) for method in ("care-u", "fisher")],
         ]
         for run in found
     ]
-    return markdown(["damping", "`care-u`", "`care-c`", "`fisher`"], rows)
+    return markdown(["damping", "`care-u`", "`fisher`"], rows)
 
 
 def calibration() -> str:
