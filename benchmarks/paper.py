@@ -26,8 +26,8 @@ BUDGETS = (0.75, 0.5, 0.25, 0.125)
 SEEDS = (0, 1, 2)
 # Where one thing is varied, nothing else is chosen.
 UNIFORM = ("--form", "exact-rope", "--allocation", "uniform")
-# Methods of the paper's one-shot tables, and ours beside them. SVD-LLM is care-u at equal damping, and groups of
-# heads (palu) make no difference to a model with three KV heads.
+# Methods of the paper's one-shot tables, and ours beside them. SVD-LLM is care-u at equal damping, and groups
+# of heads (palu) make no difference to a model with three KV heads.
 TABLE_1 = {
     "exact-rope": "svd,asvd,care-u,care-e,care-e-code,fisher",
     "partial-rope": "mha2mla-joint,mha2mla-split",
