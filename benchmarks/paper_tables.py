@@ -85,7 +85,7 @@ def square_root() -> str:
 
 def damping() -> str:
     """Perplexity by what is added to the diagonal of C."""
-    found = list(results("covariance/damping-*.json").values())
+    found = [*results("covariance/damping-*.json").values(), *results("allocation/0.5-uniform.json").values()]
     found.sort(key=lambda run: run["calibration"]["damping"])
     rows = [
         [
@@ -100,8 +100,10 @@ def damping() -> str:
 def calibration() -> str:
     """Perplexity by text, number of tokens and length of a sequence."""
     rows = []
+    found = results("calibration/*.json")
+    (found["self-"],) = results("allocation/0.5-uniform.json").values()
     for name, run in sorted(
-        results("calibration/*.json").items(),
+        found.items(),
         key=lambda item: (
             item[1]["calibration"]["sequence_length"],
             item[1]["calibration"]["tokens"],
