@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from care_mla.workspace import read_json, write_json
@@ -33,8 +33,7 @@ TABLE_1 = {
     "partial-rope": "mha2mla-joint,mha2mla-split",
 }
 TASK_MODELS = ("svd", "asvd", "care-u", "care-e", "fisher")
-# Source, tokens, tokens of a sequence. What the model writes itself is in allocation/0.5-uniform.json, and so is
-# the usual damping.
+# Source, tokens, tokens of a sequence.
 CALIBRATIONS = (
     ("alpaca", 8192, 32),
     ("alpaca", 8192, 256),
@@ -107,8 +106,14 @@ def allocation(texts: Texts, output: Path) -> Iterator[Run]:
             yield compare(texts, output, f"allocation/{budget}-{name}.json", "self-seed0", *options, *methods)
 
 
+def usual(texts: Texts, output: Path, folder: str) -> Run:
+    """What others are compared with: text of the model's own, the usual damping, the same rank everywhere."""
+    return replace(next(allocation(texts, output)), folder=folder)
+
+
 def damping(texts: Texts, output: Path) -> Iterator[Run]:
-    """How much is added to the diagonal of the covariance, with its square root and without."""
+    """How much is added to the diagonal of the covariance."""
+    yield usual(texts, output, "covariance")
     for value in (0.0, 0.1, 1.0):
         options = ("--budget", "0.5", "--damping", str(value), *calibrated("self"), *UNIFORM)
         methods = ("--methods", "fisher,care-u")
@@ -117,6 +122,7 @@ def damping(texts: Texts, output: Path) -> Iterator[Run]:
 
 def calibration(texts: Texts, output: Path) -> Iterator[Run]:
     """Other texts, fewer and more tokens, shorter and longer sequences."""
+    yield usual(texts, output, "calibration")
     sources = {"alpaca": str(texts.alpaca), "wikitext": str(texts.wikitext)}
     written = str(output / "work" / "self-seed0")
     for source, tokens, length in CALIBRATIONS:

@@ -40,9 +40,9 @@ def texts(paper: ModuleType, tmp_path: Path) -> object:
 
 def test_every_run_parses_and_finds_what_it_reads(paper: ModuleType, texts: object, tmp_path: Path) -> None:
     output = tmp_path / "bench-paper"
-    seen: set[str] = set()
+    seen: dict[str, tuple[str, ...]] = {}
     for run in paper.runs(texts, output):
-        assert run.target not in seen
+        assert seen.get(run.target, run.words) == run.words
         assert run.folder in paper.FOLDERS
         command, *words = run.words[1:] if run.words[0] == "care" else ("mix", *run.words[2:])
         match command:
@@ -56,13 +56,13 @@ def test_every_run_parses_and_finds_what_it_reads(paper: ModuleType, texts: obje
                 assert parse(ConvertConfig, "convert", words).output == output / run.target
             case "evaluate":
                 models = parse(EvaluateConfig, "evaluate", words).models
-                assert {Path(model).relative_to(output).as_posix() for model in models[1:]} <= seen
+                assert {Path(model).relative_to(output).as_posix() for model in models[1:]} <= set(seen)
             case _:
                 assert Path(run.words[1]).is_file()
                 # As if it had been run: the next one reads it.
                 (output / run.target).parent.mkdir(parents=True, exist_ok=True)
                 (output / run.target).write_text("")
-        seen.add(run.target)
+        seen[run.target] = run.words
 
 
 def test_every_result_here_is_of_a_run(paper: ModuleType, texts: object, tmp_path: Path) -> None:
