@@ -40,6 +40,21 @@ def of(result: dict[str, Any], method: str, form: str = "exact-rope") -> dict[st
     return row
 
 
+def by_cache() -> str:
+    """Perplexity as a ratio to the original's at every budget of one-shot; mean of the seeds that there are."""
+    shown = (("fisher", "joint", "care-u", "care-e"), ("fisher", "joint", "transmla", "care-u", "care-e"))
+    rows = []
+    for form, methods in zip(("exact-rope", "decoupled"), shown, strict=True):
+        for method in methods:
+            cells = []
+            for budget in BUDGETS:
+                runs = results(f"one-shot/compare-{budget}-seed*.json").values()
+                ratios = [of(run, method, form)["perplexity"] / run["original"]["perplexity"] for run in runs]
+                cells.append(f"{mean(ratios):.2f}")
+            rows.append([f"`{method}`", form, *cells])
+    return markdown(["method", "form", *[f"{float(budget):.3g}" for budget in BUDGETS]], rows)
+
+
 def allocation() -> str:
     """Perplexity by how ranks are spread over layers, at the same number of cached values."""
     found = results("allocation/*.json")
@@ -169,6 +184,7 @@ def tasks() -> str:
 
 
 PAPER_TABLES = {
+    "by-cache": by_cache,
     "allocation": allocation,
     "ranks": ranks,
     "square-root": square_root,
