@@ -41,7 +41,7 @@ def of(result: dict[str, Any], method: str, form: str = "exact-rope") -> dict[st
 
 
 def by_cache() -> str:
-    """Perplexity as a ratio to the original's at every budget of one-shot; mean of the seeds that there are."""
+    """Perplexity as a ratio to the original's at every budget of one-shot; mean of the seeds."""
     shown = (("fisher", "joint", "care-u", "care-e"), ("fisher", "joint", "transmla", "care-u", "care-e"))
     rows = []
     for form, methods in zip(("exact-rope", "decoupled"), shown, strict=True):
