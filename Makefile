@@ -3,13 +3,14 @@
 # make check    lint, format, spelling, types
 # make install  the development environment alone
 # make test-browser  the report in a real Chromium, at the width of a telephone and of a desk
+# make bench-paper PERPLEXITY=wiki.test.raw ALPACA=alpaca.json WIKITEXT=wiki.valid.txt  the paper's protocols on a CPU
 # make test-vllm  converted models in a real vLLM, in an environment of its own: 3.5 GB, not part of make test
 
 PYTHON ?= python3
 CARE_TRANSFORMERS_517 := $(CURDIR)/.venv/transformers-5.17
 export CARE_TRANSFORMERS_517
 
-.PHONY: demo test check install test-browser test-vllm
+.PHONY: demo test check install test-browser test-vllm bench-paper bench-texts
 
 demo: .venv/demo-installed
 	.venv/bin/care demo --overwrite
@@ -23,6 +24,16 @@ test-browser: .venv/dev-installed
 # Alone and in one process: vLLM takes all cores. Its own Python is the one that the tests start.
 test-vllm: .venv/dev-installed .venv-vllm/installed
 	CARE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python .venv/bin/python -m pytest -m vllm tests/engines
+
+# Hours on one core, in runs of minutes: what is done already is not done again, and ONLY=allocation does a part.
+bench-paper: bench-texts .venv/demo-installed
+	.venv/bin/python benchmarks/paper.py --perplexity "$(PERPLEXITY)" --alpaca "$(ALPACA)" \
+	  --wikitext "$(WIKITEXT)" $(if $(TASKS),--tasks $(TASKS)) $(if $(ONLY),--only $(ONLY))
+
+bench-texts:
+	@for text in "PERPLEXITY=$(PERPLEXITY)" "ALPACA=$(ALPACA)" "WIKITEXT=$(WIKITEXT)"; do test -f "$${text#*=}" || { \
+	  echo "$$text: there is no such file. The texts are not part of this project (benchmarks/README.md):"; \
+	  echo "make bench-paper PERPLEXITY=wiki.test.raw ALPACA=alpaca.json WIKITEXT=wiki.valid.txt"; exit 2; }; done
 
 check: .venv/dev-installed
 	.venv/bin/ruff check .

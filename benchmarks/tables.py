@@ -1,7 +1,7 @@
-"""Makes the tables of benchmarks/*/README.md, and docs/models.md, from the JSON beside them.
+"""Makes tables and figures of the README, of docs and of benchmarks from JSON, and all of docs/models.md.
 
-`python benchmarks/tables.py` rewrites what lies between `<!-- table: NAME -->` and `<!-- end -->`; with
-`--check` it only says whether that would change anything (exit code 1).
+`python benchmarks/tables.py` rewrites what lies between `<!-- table: NAME -->` and `<!-- end -->`, and the
+figures that figures.py knows; with `--check` it only says whether that would change anything (exit code 1).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from figures import with_figures
 from models_page import PAGE, models_page
+from paper_tables import PAPER_TABLES, markdown, spread
 
 HERE = Path(__file__).parent
 MARKED = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -23,17 +25,6 @@ MARKED = re.compile(r"(<!-- table: (?P<name>[^ ]+) -->\n).*?(<!-- end -->)", re.
 def read(pattern: str) -> list[dict[str, Any]]:
     """All results that match, in the order of their names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(HERE.glob(pattern))]
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def one_shot(budget: str) -> str:
@@ -316,6 +307,9 @@ TABLES = {
     "healing-init": healing_init,
     "healing-probes": healing_probes,
     "llama-cpp": llama_cpp,
+    **PAPER_TABLES,
+    "one-shot-0.75": lambda: one_shot("0.75"),
+    "one-shot-0.125": lambda: one_shot("0.125"),
     "one-shot-0.5": lambda: one_shot("0.5"),
     "one-shot-0.25": lambda: one_shot("0.25"),
     "long-blocks": long_blocks,
@@ -327,11 +321,12 @@ TABLES = {
 
 
 def main() -> int:
-    """Rewrite or check all tables; returns the exit code."""
+    """Rewrite or check all tables and figures; returns the exit code."""
     stale = []
-    for path in [HERE.parent / "README.md", *sorted(HERE.glob("*/*.md"))]:
+    root = HERE.parent
+    for path in [root / "README.md", *sorted([*root.glob("docs/*.md"), *HERE.glob("**/*.md")])]:
         text = path.read_text(encoding="utf-8")
-        made = MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[3], text)
+        made = with_figures(MARKED.sub(lambda found: found[1] + TABLES[found["name"]]() + found[3], text))
         if made != text:
             stale.append(str(path.relative_to(HERE.parent)))
             if "--check" not in sys.argv:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,27 +17,12 @@ from care_mla.heal_config import HealConfig
 from care_mla.mla.mapping import LatentDims, latent_config
 from care_mla.plan import plan
 from care_mla.recipe import read_recipe
+from published import LLAMA_8B, QWEN25_1B
 
 ROOT = Path(__file__).parents[2]
 CONVERSIONS = sorted([*ROOT.glob("recipes/*/convert.yaml"), *ROOT.glob("benchmarks/healing/*/convert.yaml")])
 HEALINGS = sorted([*ROOT.glob("recipes/*/heal*.yaml"), *ROOT.glob("benchmarks/healing/*/heal.yaml")])
-# As published; only what decides sizes.
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
-    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "dtype": "bfloat16",
-    "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-    },
-}  # fmt: skip
-QWEN: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 1536,
-    "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-    "vocab_size": 151936, "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "dtype": "bfloat16",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "tie_word_embeddings": True,
-}  # fmt: skip
-PUBLISHED = {"llama-3.1-8b": LLAMA, "qwen2.5-1.5b": QWEN}
+PUBLISHED = {"llama-3.1-8b": LLAMA_8B, "qwen2.5-1.5b": QWEN25_1B}
 # Recipe, tokens trained on, GPUs of 80 GB.
 MACHINES = {
     ("llama-3.1-8b", "heal-1b"): (1e9, 8),

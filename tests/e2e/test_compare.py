@@ -48,6 +48,7 @@ def test_every_method_in_every_form(compared: Done) -> None:
     assert set(body["original"]) == {"perplexity", "cached_values"}
     assert body["original"]["cached_values"] == 64
     assert body["text"]["name"] == "text.txt"
+    assert {"tokens", "sequence_length", "damping", "seed"} < set(body["calibration"])
     assert [(row["method"], row["form"]) for row in body["rows"]] == [
         (method, form) for form, methods in METHODS.items() for method in methods
     ]

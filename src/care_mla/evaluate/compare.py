@@ -102,6 +102,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "calibration": {
             "description": blocks.description,
             "content_hash": blocks.content_hash,
+            "tokens": blocks.short_BL.numel(),
+            "sequence_length": blocks.short_BL.shape[1],
+            "damping": config.damping,
             "seed": config.seed,
         },
     }
