@@ -4,8 +4,8 @@ Registered with transformers as the attention implementation `care_causal_blocks
 are short, since the probabilities are kept for the backward pass. 512 tokens of 9 heads, forward and backward
 in bfloat16 on one thread: 32 ms by torch 2.13's kernel, 12 ms so.
 """
-# Shapes: B sequences, L positions, N query heads, G KV heads, n query heads of one KV head, K width of queries
-#         and keys, V width of values; T query positions of a block of rows, C key positions up to its last row.
+# Shapes: B sequences, L positions, N query heads, G KV heads, n query heads of one KV head, K width of a
+#         query, V width of a value; T query positions of a block of rows, C key positions up to its last row.
 
 from __future__ import annotations
 
