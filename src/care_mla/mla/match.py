@@ -34,7 +34,7 @@ from care_mla.mla.mapping import attention_state_dict
 from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, save_tensors, write_json
 
 # Of a step, as a share of the root mean square of the weights that it moves; falls linearly to 0.
-LEARNING_RATE = 0.003
+LEARNING_RATE = 0.005
 BETAS = (0.9, 0.95)
 # What a weight's scale is taken over; the latent's channels may differ in scale by orders of magnitude.
 SCALE_AXES: dict[str, tuple[int, ...]] = {
