@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class AttentionOutputs:
@@ -19,7 +19,7 @@ class AttentionOutputs:
     """
 
     def __init__(self, model: Any) -> None:
-        self.modules: list[nn.Module] = [layer.self_attn for layer in model.model.layers]
+        self.modules: list[Any] = [layer.self_attn for layer in model.model.layers]
         for module in self.modules:
             module.register_forward_hook(_keep)
 
@@ -27,7 +27,7 @@ class AttentionOutputs:
         """The outputs of the last forward pass, layer by layer; they are kept no longer."""
         taken = []
         for module in self.modules:
-            output: Any = module.kept_output
+            output = module.kept_output
             module.kept_output = None
             if output.grad_fn is not None:
                 # With gradient checkpointing the backward pass runs the hook once more, and what it then

@@ -183,7 +183,7 @@ def match_layer(
 
     with without(layer, "mlp"):
         before = error(latent)
-        trained = stand_in(stack, layer_idx, latent, original)
+        trained: Any = stand_in(stack, layer_idx, latent, original)
         if stack.device.type == "cpu":
             trained.config._attn_implementation = CAUSAL_BLOCKS
         moving = Moving(trained, weights)
