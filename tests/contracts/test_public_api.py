@@ -59,8 +59,8 @@ OPTIONS = {
     "heal": (
         "quiet json model output teacher data tokens held_out_tokens sequence_length train steps minutes "
         "batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm beta temperature "
-        "cross_entropy hidden_states lora_rank save_every patience gradient_checkpointing compile shard plan "
-        "dtype seed device work recipe overwrite trust_remote_code"
+        "cross_entropy hidden_states attention_outputs lora_rank save_every patience gradient_checkpointing "
+        "compile shard plan dtype seed device work recipe overwrite trust_remote_code"
     ),
     "export": "quiet json model output profile quantization kv_lora_rank overwrite",
     "verify": "quiet json model engine",
