@@ -225,20 +225,25 @@ HEALING = {
 
 
 def healing() -> str:
-    """Every row of benchmarks/healing: one-shot and healed, beside what it must reach."""
+    """Every row of benchmarks/healing: one-shot and healed, beside what it must reach and whether it does."""
     (plain,) = read("healing/plain.json")
     lines = []
     for name, (cache, *targets) in HEALING.items():
-        goal = " / ".join(f"{target:.2f}" for target in targets)
         (result,) = read(f"healing/{name}/result.json")
         heal = result["heal"]
         if "models" in result:
             models = [[text["value"] for text in model["perplexity"].values()] for model in result["models"]]
-            ratios = [_ratios(values, models[0]) for values in models[1:]]
+            base, reached = models[0], models[-1]
+            ratios = [_ratios(values, base) for values in models[1:]]
         else:  # not measured in its own run
             (other,) = read("healing/quarter/result.json")
             base = [text["value"] for text in other["models"][0]["perplexity"].values()]
-            ratios = ["-", _ratios(list(plain["perplexity"][name].values()), base) + " (plain)"]
+            reached = list(plain["perplexity"][name].values())
+            ratios = ["-", _ratios(reached, base) + " (plain)"]
+        goal = " / ".join(
+            f"{target:.2f} {'✓' if value / original <= target else '✗'}"
+            for target, value, original in zip(targets, reached, base, strict=True)
+        )
         tokens = heal["steps"][-1]["step"] * heal["tokens_per_step"] / 1e6
         minutes = heal["training_seconds"] / 60
         lines.append([cache, *ratios, goal, f"{tokens:.0f} M", f"{minutes:.1f}", heal["train"]])

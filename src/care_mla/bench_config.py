@@ -80,10 +80,10 @@ class BenchConfig(CommonConfig):
         Raises:
             OptionError: --context holds no whole numbers.
         """
-        words = [word.strip() for word in self.context.split(",") if word.strip()]
-        if not words:
+        words = [word.strip() for word in self.context.split(",")]
+        if words == [""]:
             return [length for length in CONTEXTS if length <= longest] or [longest]
-        if not all(word.isdigit() and int(word) >= 1 for word in words):
+        if not all(word.isdecimal() and int(word) >= 1 for word in words):
             raise OptionError(
                 f"--context {self.context!r}: whole numbers are needed, separated by commas. Try "
                 "--context 256,1024"

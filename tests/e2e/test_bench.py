@@ -61,3 +61,30 @@ def test_a_model_that_does_not_fit_says_what_to_try(converted: Conversion) -> No
     done = care(converted.folder, "bench", "memory", "model", "--context", "64", "--batch-size", "999999999")
     assert done.code == 2
     assert "--context" in done.err
+
+
+def test_decode_that_does_not_fit_says_what_to_try(converted: Conversion) -> None:
+    done = care(converted.folder, "bench", "decode", "model", "--context", "64", "--batch-size", "999999999")
+    assert done.code == 2
+    assert "--batch-size 999999999" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_more_new_tokens_than_a_model_has_are_refused(converted: Conversion) -> None:
+    done = care(converted.folder, "bench", "decode", "model", "--new-tokens", "1024")
+    assert done.code == 2
+    assert "--new-tokens 1024" in done.err
+
+
+def test_memory_goes_to_the_end_of_the_context_and_says_what_it_measured(converted: Conversion) -> None:
+    # Of the same last name, in another folder, and with a file that no process may take for a module.
+    other = converted.folder / "elsewhere" / "OUT"
+    other.parent.mkdir(exist_ok=True)
+    other.symlink_to(converted.output)
+    (converted.folder / "random.py").write_text("raise SystemExit('not a module')")
+    done = measured(converted, "memory", "OUT", "elsewhere/OUT", "--context", "1024", "--dtype", "bfloat16")
+    (converted.folder / "random.py").unlink()
+    other.unlink()
+    assert done.json["dtype"] == "bfloat16"
+    assert "elsewhere/OUT" in done.out
+    assert "Measured once" in done.out

@@ -10,6 +10,7 @@ from typing import Any
 from care_mla.bench.rows import row
 from care_mla.bench_config import BenchConfig
 from care_mla.configs import ConvertConfig
+from care_mla.device import pick_device, restart_peak
 from care_mla.pipeline import convert
 
 
@@ -25,6 +26,7 @@ def bench_convert(config: BenchConfig, conversion: Callable[[Path], ConvertConfi
     stages: dict[str, list[float]] = {}
     peaks: list[float] = []
     for _ in range(config.number):
+        restart_peak(pick_device(config.device))
         with tempfile.TemporaryDirectory(dir=config.scratch, prefix="care-bench-") as folder:
             body = convert(conversion(Path(folder)))
         for stage, seconds in body["stages"].items():

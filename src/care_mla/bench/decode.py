@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from care_mla import console as terminal
 from care_mla.bench.rows import add_ratios, row
 from care_mla.bench_config import BenchConfig
-from care_mla.device import pick_device
-from care_mla.errors import OptionError
+from care_mla.device import is_out_of_memory, pick_device
+from care_mla.errors import CareError, OptionError
 from care_mla.evaluate.models import OpenedModel, open_model
 from care_mla.evaluate.speed import time_tokens
 
@@ -24,9 +24,7 @@ def bench_decode(config: BenchConfig) -> list[dict[str, Any]]:
         CareError: a model cannot be opened, or is not made for so many tokens.
     """
     device = pick_device(config.device)
-    opened = [
-        open_model(name, device=device, trust_remote_code=config.trust_remote_code) for name in config.models
-    ]
+    opened = [open_one(name, config) for name in config.models]
     contexts = contexts_of(config, opened)
     models = [load(one, config, device) for one in opened]
     rows = []
@@ -37,7 +35,7 @@ def bench_decode(config: BenchConfig) -> list[dict[str, Any]]:
             for _ in range(config.number + 1):
                 for model, times in zip(models, seconds, strict=True):
                     tokens_BL = tokens_of(config.batch_size, context, model)
-                    times.append(time_tokens(model, tokens_BL, config.new_tokens))
+                    times.append(_timed(model, tokens_BL, config))
                     progress.advance()
             for name, times in zip(config.models, seconds, strict=True):
                 what = {"model": name, "context": context, "batch_size": config.batch_size}
@@ -48,6 +46,19 @@ def bench_decode(config: BenchConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def _timed(model: PreTrainedModel, tokens_BL: torch.Tensor, config: BenchConfig) -> tuple[float, float]:
+    try:
+        return time_tokens(model, tokens_BL, config.new_tokens)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        batch_size, context = tokens_BL.shape
+        raise CareError(
+            f"--batch-size {batch_size} --context {context}: memory ran out ({error}). All models are in "
+            "memory together: try fewer sequences, a shorter context or fewer models."
+        ) from error
+
+
 def contexts_of(config: BenchConfig, opened: list[OpenedModel]) -> list[int]:
     """Lengths that all models are made for.
 
@@ -55,20 +66,31 @@ def contexts_of(config: BenchConfig, opened: list[OpenedModel]) -> list[int]:
         OptionError: one that was asked for is longer.
     """
     shortest = min(opened, key=lambda one: one.max_length)
-    room = shortest.max_length - config.new_tokens
+    made_for = f"{shortest.name} is made for {shortest.max_length} tokens (max_position_embeddings)"
+    new_tokens = config.new_tokens if config.what == "decode" else 0
+    room = shortest.max_length - new_tokens
+    if room < 1:
+        raise OptionError(f"--new-tokens {new_tokens}: {made_for}. Try --new-tokens 16")
     contexts = config.contexts(room)
     if contexts[-1] > room:
-        raise OptionError(
-            f"--context {contexts[-1]}: {shortest.name} is made for {shortest.max_length} tokens "
-            f"(max_position_embeddings), {config.new_tokens} of them new ones. Try --context {room}"
-        )
+        of_them = f", {new_tokens} of them new ones" if new_tokens else ""
+        raise OptionError(f"--context {contexts[-1]}: {made_for}{of_them}. Try --context {room}")
     return contexts
 
 
+def open_one(name: str, config: BenchConfig) -> OpenedModel:
+    """A model whose weights will be read in float32, on the CPU: a GPU need not have room for that."""
+    return open_model(name, device=torch.device("cpu"), trust_remote_code=config.trust_remote_code)
+
+
+def dtype_of(config: BenchConfig, device: torch.device) -> str:
+    """The type of the weights, as --dtype or the device says."""
+    return config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+
+
 def load(one: OpenedModel, config: BenchConfig, device: torch.device) -> PreTrainedModel:
-    """The model on its device, in the type that --dtype or the device says."""
-    dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    return one.load().to(getattr(torch, dtype))
+    """The model on its device, in its type."""
+    return one.load().to(getattr(torch, dtype_of(config, device))).to(device)
 
 
 def tokens_of(batch_size: int, context: int, model: PreTrainedModel) -> torch.Tensor:

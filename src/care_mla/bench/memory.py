@@ -11,24 +11,24 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from care_mla import console as terminal
-from care_mla.bench.decode import contexts_of, load, tokens_of
+from care_mla.bench.decode import contexts_of, load, open_one, tokens_of
 from care_mla.bench.rows import add_ratios, row
 from care_mla.bench_config import BenchConfig
 from care_mla.calibrate.sample import cache_argument
-from care_mla.device import peak_memory, pick_device
+from care_mla.device import is_out_of_memory, peak_memory, pick_device, restart_peak
 from care_mla.errors import CareError
 from care_mla.evaluate.cache import cached_tensors
-from care_mla.evaluate.models import open_model
 
 # A prompt goes through in pieces, as engines do it: activations must not hide the cache.
 PIECE = 512
+USERS_INPUT = 2  # exit code of the process, as of commands
 
 
 def bench_memory(config: BenchConfig) -> list[dict[str, Any]]:
@@ -37,11 +37,8 @@ def bench_memory(config: BenchConfig) -> list[dict[str, Any]]:
     Raises:
         CareError: a model cannot be opened, is not made for so many tokens, or its process ended.
     """
-    device = pick_device(config.device)
-    opened = [
-        open_model(name, device=device, trust_remote_code=config.trust_remote_code) for name in config.models
-    ]
-    contexts = contexts_of(config, opened)
+    pick_device(config.device)  # refuses one that is not there
+    contexts = contexts_of(config, [open_one(name, config) for name in config.models])
     rows = []
     with terminal.current().progress("Processes", len(config.models) * config.number) as progress:
         for name in config.models:
@@ -59,23 +56,32 @@ def bench_memory(config: BenchConfig) -> list[dict[str, Any]]:
 
 def _in_a_process(config: BenchConfig, name: str, contexts: list[int]) -> list[dict[str, int]]:
     options = asdict(config) | {"models": [name], "context": ",".join(map(str, contexts)), "json": None}
-    words = [sys.executable, "-m", "care_mla.bench.memory", json.dumps(options, default=str)]
+    # -P: files of the working directory are no modules.
+    words = [sys.executable, "-P", "-m", "care_mla.bench.memory", json.dumps(options, default=str)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    if done.returncode == USERS_INPUT:
+        raise CareError(done.stderr.strip())
+    if done.returncode < 0:  # such as by Linux itself, when memory runs out
         raise CareError(
-            f"{name}: the process that measures its memory ended early ({last[0]}). If memory ran out, try "
-            f"a shorter --context than {contexts[-1]}"
+            f"{name}: the process that measures its memory was ended by signal {-done.returncode}. If memory "
+            f"ran out, {_try_less(config, contexts)}"
         )
+    if done.returncode:
+        raise RuntimeError(f"{name}: the process that measures its memory failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _try_less(config: BenchConfig, contexts: list[int]) -> str:
+    return f"try less than --batch-size {config.batch_size} --context {contexts[-1]}"
 
 
 @torch.no_grad()
 def measure(config: BenchConfig) -> list[dict[str, int]]:
-    """Bytes after each context, of the first model of a config; what is reached stays reached on a CPU."""
+    """Bytes after each context, shortest first, of the first model of a config."""
     device = pick_device(config.device)
-    opened = open_model(config.models[0], device=device, trust_remote_code=config.trust_remote_code)
+    opened = open_one(config.models[0], config)
     model = load(opened, config, device)
+    restart_peak(device)  # reading weights may take more than using them
     found = []
     for context in contexts_of(config, [opened]):
         cache = DynamicCache(config=model.config)
@@ -95,7 +101,22 @@ def main() -> None:
     if options["scratch"]:
         options["scratch"] = Path(options["scratch"])
     terminal.silence_transformers()
-    sys.stdout.write(json.dumps(measure(BenchConfig(**options))) + "\n")
+    config = BenchConfig(**options)
+    try:
+        found = measure(config)
+    except CareError as error:
+        _refuse(str(error))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        less = _try_less(config, config.contexts(1))
+        _refuse(f"{config.models[0]}: memory ran out ({error}). {less.capitalize()}")
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def _refuse(message: str) -> NoReturn:
+    sys.stderr.write(message)
+    raise SystemExit(USERS_INPUT)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ def row(values: Sequence[float], *, unit: str, **what: Any) -> dict[str, Any]:
 
 def add_ratios(rows: list[dict[str, Any]], first: str) -> None:
     """Give every row its ratio to the same row of the first model."""
-    base = {_key(each): each["median"] for each in rows if each["model"] == first}
+    base: dict[tuple[Any, ...], float] = {}
+    for each in rows:
+        if each["model"] == first:
+            base.setdefault(_key(each), each["median"])  # a model named twice is measured twice
     for each in rows:
         each["ratio"] = each["median"] / base[_key(each)]
 

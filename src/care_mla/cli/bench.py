@@ -20,7 +20,7 @@ def run(arguments: list[str]) -> int:
     console.silence_transformers()
     rows = _measure(config)
     print_rows(config, rows)
-    finish(config, "bench", start, {"what": config.what, "rows": rows, **_machine(config)})
+    finish(config, "bench", start, {"what": config.what, "rows": rows, **_setting(config)})
     return 0
 
 
@@ -49,32 +49,45 @@ def _conversion(config: BenchConfig, folder: Path) -> ConvertConfig:
     return parse(ConvertConfig, "convert", words)
 
 
-def _machine(config: BenchConfig) -> dict[str, Any]:
+def _setting(config: BenchConfig) -> dict[str, Any]:
+    """What the figures depend on besides the models."""
     import torch
 
+    from care_mla.bench.decode import dtype_of
     from care_mla.device import pick_device
 
     device = pick_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "threads": torch.get_num_threads()}
+    setting = {"device": name, "threads": torch.get_num_threads()}
+    if config.what != "convert":
+        setting["dtype"] = dtype_of(config, device)
+    if config.what == "decode":
+        setting["new_tokens"] = config.new_tokens
+    if config.conversion is not None:
+        setting["conversion"] = config.conversion.read_text(encoding="utf-8")
+    return setting
 
 
 def print_rows(config: BenchConfig, rows: list[dict[str, Any]]) -> None:
     """Print one line per row; the spread lies between the quartiles."""
     columns = ["model", "", "context", "median", "spread", "unit", "ratio"]
+    names = {model: Path(model).name or model for model in config.models}
+    if len(set(names.values())) < len(names):
+        names = {model: model for model in config.models}
     lines = [
         [
-            Path(row["model"]).name or row["model"],
+            names[row["model"]],
             row["metric"],
             row.get("context", ""),
             _number(row["median"]),
-            _number(row["spread"]),
+            _number(row["spread"]) if len(row["values"]) > 1 else "-",
             row["unit"],
             f"{row['ratio']:.2f}" if "ratio" in row else "",
         ]
         for row in rows
     ]
-    console.current().table(f"Measured {config.number} times", columns, lines)
+    times = "once" if config.number == 1 else f"{config.number} times"
+    console.current().table(f"Measured {times}", columns, lines)
 
 
 def _number(value: float) -> str:

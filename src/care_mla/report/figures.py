@@ -41,6 +41,7 @@ OFF_SCALE = 12
 HEAT = "cividis"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with two dollars is no formula
     "font.size": 9.5,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -83,7 +84,12 @@ def _svg(name: str, figure: Figure) -> Svg:
 
 
 def inline(name: str, svg: str) -> Svg:
-    """A file of matplotlib as a part of a page: no addresses, ids of its own, the page's colours and font."""
+    """A file of matplotlib as a part of a page: no addresses, ids of its own, the page's colours and font.
+
+    Args:
+        name: begins the ids; names of files and forms go into it, and what is no id is spelt as one.
+    """
+    name = re.sub(r"[^A-Za-z0-9-]", lambda found: f"_{ord(found[0]):x}_", name)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)

@@ -101,6 +101,8 @@ def _read(path: Path) -> Result | str:
     """The result in a file, or what is wrong with it."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         return f"it is not JSON, or is cut off ({error})"
     said = body.get("format") if isinstance(body, dict) else None

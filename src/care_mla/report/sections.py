@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -161,7 +162,9 @@ def _comparison(comparisons: list[Result]) -> Iterator[Section]:
         rows = [row for result in group for row in result.body["rows"]]
         limit = figures.OFF_SCALE * original["perplexity"]
         forms = list(dict.fromkeys(row["form"] for row in rows))
-        empty = [f for f in forms if not any(r["perplexity"] <= limit for r in rows if r["form"] == f)]
+        empty = forms if not math.isfinite(limit) else [
+            f for f in forms if not any(r["perplexity"] <= limit for r in rows if r["form"] == f)
+        ]  # fmt: skip
         drawn = [
             Figure(
                 title=f"Form {form}",
@@ -177,6 +180,7 @@ def _comparison(comparisons: list[Result]) -> Iterator[Section]:
         more = "".join(
             f" All perplexities of form {form} are above {limit:,.0f}, so it has no picture."
             for form in empty
+            if math.isfinite(limit)
         )
         yield Section(
             title="Perplexity against cached values",
@@ -269,7 +273,7 @@ def _healing(name: str, result: Result, suffix: str) -> Section:
 def _other(result: Result) -> Section:
     shown = [table for table in [tables.plain(result.body)] if table.rows]
     rows = result.body.get("rows")
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         shown.append(tables.row_table(rows))
     return Section(title=f"care {result.command}: {result.path.name}", tables=shown)
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 # A shape is a type; a mapping of keys to shapes, where `key?` may be absent or null; {"*": shape}, any keys;
-# [shape], a list of one or more; (shape,), a list that may be empty; or None, anything at all.
+# [shape], a list of one or more; (shape,), a list that may be empty; POSITIVE, a number above zero, or NaN;
+# or None, anything at all.
 NUMBER = float
+POSITIVE = "positive"
 VERIFY = {"engine": str, "relative_error": NUMBER, "passed": bool}
 BEFORE_AFTER = {"before": NUMBER, "after": NUMBER}
 PAIRED = {"value?": NUMBER, "stderr?": NUMBER}
@@ -20,7 +22,7 @@ LAYER = {
     "match?": {"error_before": NUMBER, "error_after": NUMBER},
 }
 TEXT = {
-    "value": NUMBER,
+    "value": POSITIVE,
     "tokens": NUMBER,
     "block": NUMBER,
     "kl?": NUMBER,
@@ -57,7 +59,7 @@ ANY_RESULT: dict[str, Any] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "convert": {
         "model?": str,
-        "cached_values": {"original": NUMBER, "converted": NUMBER},
+        "cached_values": {"original": POSITIVE, "converted": POSITIVE},
         "kv_lora_rank": None,
         "qk_rope_head_dim": None,
         "form": str,
@@ -75,8 +77,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "fingerprints?": {"*": str},
     },
     "compare": {
-        "original": {"perplexity": NUMBER, "cached_values": NUMBER},
-        "rows": [{"method": str, "form": str, "cached_values": NUMBER, "perplexity": NUMBER, "kl?": NUMBER}],
+        "original": {"perplexity": POSITIVE, "cached_values": POSITIVE},
+        "rows": [
+            {"method": str, "form": str, "cached_values": POSITIVE, "perplexity": POSITIVE, "kl?": NUMBER}
+        ],
         "text": {"name": str, "tokens": NUMBER, "block": NUMBER},
     },
     "evaluate": {
@@ -137,6 +141,9 @@ def _faults(value: Any, shape: Any, place: str) -> Iterator[str]:
                 return
             for i, found in enumerate(value):
                 yield from _faults(found, shape[0], f"{place}[{i}]")
+        case str():
+            if not isinstance(value, int | float) or value <= 0:
+                yield f"{place} is {value!r:.40}"
         case type():
             expected = (int, float) if shape is NUMBER else shape
             if not isinstance(value, expected):
@@ -147,7 +154,8 @@ def _unlike(command: str, body: Mapping[str, Any]) -> Iterator[str]:
     """Parts that must be alike and are not: layers of a model, texts and tasks of the models of one run."""
     if command == "evaluate" and isinstance(body.get("models"), list):
         for key in ("perplexity", "tasks"):
-            found = [set(model.get(key) or ()) for model in body["models"] if isinstance(model, Mapping)]
+            models = [model for model in body["models"] if isinstance(model, Mapping)]
+            found = [set(of) for model in models if isinstance(of := model.get(key) or {}, Mapping)]
             if any(names != found[0] for names in found):
                 yield f"models have different {key}"
     if command == "convert" and isinstance(body.get("layers"), list):

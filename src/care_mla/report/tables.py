@@ -46,6 +46,8 @@ def number(value: Any) -> str:
             return "NaN" if math.isnan(value) else f"{'−' if value < 0 else ''}∞"
         case float():
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        case list() if not all(isinstance(each, int | float) for each in value):
+            return f"{len(value):,} values"
         case list():
             return f"{min(value)} to {max(value)}" if value else "–"
     return str(value)
@@ -53,7 +55,7 @@ def number(value: Any) -> str:
 
 def measured(value: float | None, error: float | None, *, sign: bool = False) -> str:
     """A value with its standard error, both to the error's second digit."""
-    if value is None or not error or not math.isfinite(error):
+    if value is None or not error or not 0 < error < math.inf:
         return number(value)
     digits = min(max(1 - math.floor(math.log10(error)), 0), 6)
     # The one place to break this on a narrow page is before the sign.
@@ -298,7 +300,7 @@ def versions(results: Results) -> Table:
     """Of the software that made them."""
     files: dict[str, list[str]] = {}
     for result in results.all:
-        found = result.body.get("versions", {}).items()
+        found = (result.body.get("versions") or {}).items()
         files.setdefault(", ".join(f"{name} {value}" for name, value in found if value), []).append(
             result.path.name
         )
@@ -308,7 +310,7 @@ def versions(results: Results) -> Table:
 
 def fingerprints(result: Result) -> Table | None:
     """Hashes of what a conversion depends on."""
-    rows = [[name, value] for name, value in result.body.get("fingerprints", {}).items()]
+    rows = [[name, value] for name, value in (result.body.get("fingerprints") or {}).items()]
     title = f"Hashes: {result.path.name}"
     return Table(title=title, columns=["of", "hash"], rows=rows) if rows else None
 
