@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from care_mla import console as terminal
@@ -90,7 +91,8 @@ def dtype_of(config: BenchConfig, device: torch.device) -> str:
 
 def load(one: OpenedModel, config: BenchConfig, device: torch.device) -> PreTrainedModel:
     """The model on its device, in its type."""
-    return one.load().to(getattr(torch, dtype_of(config, device))).to(device)
+    model = one.load()
+    return nn.Module.to(model, device, getattr(torch, dtype_of(config, device)))
 
 
 def tokens_of(batch_size: int, context: int, model: PreTrainedModel) -> torch.Tensor:
