@@ -92,7 +92,8 @@ def dtype_of(config: BenchConfig, device: torch.device) -> str:
 def load(one: OpenedModel, config: BenchConfig, device: torch.device) -> PreTrainedModel:
     """The model on its device, in its type."""
     model = one.load()
-    return nn.Module.to(model, device, getattr(torch, dtype_of(config, device)))
+    nn.Module.to(model, device, getattr(torch, dtype_of(config, device)))
+    return model
 
 
 def tokens_of(batch_size: int, context: int, model: PreTrainedModel) -> torch.Tensor:
