@@ -162,23 +162,22 @@ def matching() -> str:
     """Perplexity before and after block matching, as a ratio to the original in the same run."""
     rows = []
     for run in read("healing/matching-*.json"):
+        found, original = [run[name] for name in ("before", "after")], run["original"]["value"]
         rows.append(
             [
                 run["form"] + (f", P {run['qk_rope_head_dim']}" if run["qk_rope_head_dim"] else ""),
-                str(run["cached_values"]),
+                f"{run['cached_values']['converted']:g}",
                 run["calibration"],
-                str(run["match_steps"]),
-                f"{run['match_tokens']:,}",
-                *(
-                    f"{run[name]['perplexity'] / run['original']['perplexity']:.3f}"
-                    for name in ("before", "after")
-                ),
-                *(f"{run[name]['kl']:.3f}" for name in ("before", "after")),
-                f"{run['cpu_seconds']:.0f}",
+                str(run["match"]["steps"]),
+                f"{run['match']['tokens']:,}",
+                *(f"{row['value'] / original:.3f}" for row in found),
+                *(f"{run['match']['held_out_kl'][name]:.3f}" for name in ("before", "after")),
+                *(f"{run['cpu_seconds'][kind]:.0f}" for kind in ("without matching", "with matching")),
             ]
         )
-    columns = ["form", "cached values", "text", "steps", "tokens", "before", "after", "KL before", "KL after"]
-    return markdown([*columns, "CPU seconds of matching"], rows)
+    columns = ["form", "cached values", "text", "steps", "tokens", "before", "after"]
+    columns += ["KL before", "KL after", "CPU seconds without matching", "with matching"]
+    return markdown(columns, rows)
 
 
 def matching_trials() -> str:
@@ -188,13 +187,16 @@ def matching_trials() -> str:
         [
             row["layers"],
             f"{row['qk_rope_head_dim']} + {row['kv_lora_rank']}",
+            "apart" if row["heads_apart"] else "together",
             row["optimizer"],
             row["loss"],
             f"{row['learning_rate']:g}" if row["learning_rate"] else "-",
             f"{row['beta2']:g}",
             f"{row['batch_tokens']:,}",
+            f"{row['steps']:,}",
             f"{row['tokens']:,}",
-            f"{row['stream_error']:.5f}",
+            f"{row['stream_error']:.5f}" if row["stream_error"] else "-",
+            f"{row['stream_log_error']:.5f}" if "stream_log_error" in row else "-",
             f"{row['perplexity_ratio']:.3f}" if row["perplexity_ratio"] else "-",
         ]
         for row in result["rows"]
@@ -202,13 +204,16 @@ def matching_trials() -> str:
     columns = [
         "layers",
         "P + R",
+        "heads",
         "optimizer",
         "loss",
         "learning rate",
         "beta2",
         "batch",
+        "steps",
         "tokens",
         "mean e after",
+        "mean log(1 + e)",
     ]
     return markdown([*columns, "perplexity"], rows)
 

@@ -13,7 +13,7 @@ class MatchingOptions:
 
     match_steps: int = 0
     """Steps of training for each converted attention, layer by layer, so that the stream after it is the
-    original's again. 0: none; 96 take minutes on a CPU for a small model."""
+    original's again. 0: none; 256 take minutes on a CPU for a small model."""
     match_tokens: int | None = None
     """Tokens that --match-steps trains on, of the same text. None: 512 a step, at most
     65,536, which then come again."""
@@ -32,5 +32,5 @@ class MatchingOptions:
         if self.match_tokens is not None and self.match_steps == 0:
             raise OptionError(
                 f"--match-tokens {self.match_tokens} has no effect without --match-steps. Add --match-steps "
-                "96, or leave it out."
+                "256, or leave it out."
             )
