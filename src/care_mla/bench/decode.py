@@ -90,7 +90,8 @@ def dtype_of(config: BenchConfig, device: torch.device) -> str:
 
 def load(one: OpenedModel, config: BenchConfig, device: torch.device) -> PreTrainedModel:
     """The model on its device, in its type."""
-    return one.load().to(getattr(torch, dtype_of(config, device))).to(device)
+    model: torch.nn.Module = one.load().to(getattr(torch, dtype_of(config, device)))
+    return model.to(device)  # type: ignore[return-value]
 
 
 def tokens_of(batch_size: int, context: int, model: PreTrainedModel) -> torch.Tensor:
