@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 from statistics import median
 
 import pytest
 
-from e2e.command import Done, care
+from e2e.command import CARE, ENVIRONMENT, Done, care
 from e2e.conftest import Conversion
 
 
@@ -50,11 +53,38 @@ def test_convert_times_every_stage_and_leaves_nothing(converted: Conversion, tmp
     recipe = tmp_path / "fast.yaml"
     recipe.write_text(f"calibration: {converted.folder}/calibration.txt\ncalibration-tokens: 1024\n")
     words = ("--conversion", str(recipe), "--scratch", str(tmp_path))
-    rows = measured(converted, "convert", "model", *words).json["rows"]
+    done = measured(converted, "convert", "model", *words)
+    rows = done.json["rows"]
+    assert done.json["conversion"] == recipe.read_text()
     seconds = {row["metric"]: row["median"] for row in rows if row["unit"] == "seconds"}
     assert {"calibrate", "factor", "export", "verify"} <= seconds.keys()
     assert seconds["all"] == pytest.approx(sum(seconds.values()) - seconds["all"])
     assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_a_conversion_that_cannot_be_made_names_its_option(converted: Conversion, tmp_path: Path) -> None:
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text("bugdet: 0.5\n")
+    done = care(converted.folder, "bench", "convert", "model", "--conversion", str(recipe))
+    assert done.code == 2
+    assert f"--conversion {recipe}" in done.err
+    assert "'budget'" in done.err
+
+
+def test_an_interrupted_measurement_leaves_nothing_and_says_so(converted: Conversion, tmp_path: Path) -> None:
+    words = ("bench", "convert", "model", "--scratch", str(tmp_path), "--device", "cpu")
+    process = subprocess.Popen(
+        [CARE, *words], cwd=converted.folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        # Background jobs of a shell ignore the signal, and hand that on to their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing was kept" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_does_not_fit_says_what_to_try(converted: Conversion) -> None:

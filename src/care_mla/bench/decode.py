@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from care_mla import console as terminal
@@ -91,9 +90,8 @@ def dtype_of(config: BenchConfig, device: torch.device) -> str:
 
 def load(one: OpenedModel, config: BenchConfig, device: torch.device) -> PreTrainedModel:
     """The model on its device, in its type."""
-    model = one.load()
-    nn.Module.to(model, device, getattr(torch, dtype_of(config, device)))
-    return model
+    model: torch.nn.Module = one.load().to(getattr(torch, dtype_of(config, device)))
+    return model.to(device)  # type: ignore[return-value]
 
 
 def tokens_of(batch_size: int, context: int, model: PreTrainedModel) -> torch.Tensor:

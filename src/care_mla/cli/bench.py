@@ -11,6 +11,8 @@ from care_mla.bench_config import BenchConfig
 from care_mla.cli.options import parse
 from care_mla.cli.result import finish
 from care_mla.configs import ConvertConfig
+from care_mla.errors import OptionError
+from care_mla.recipe import read_recipe
 
 
 def run(arguments: list[str]) -> int:
@@ -46,7 +48,10 @@ def _conversion(config: BenchConfig, folder: Path) -> ConvertConfig:
     for flag, value in (("--recipe", config.conversion), ("--device", config.device)):
         words += [] if value is None else [flag, str(value)]
     words += ["--quiet"] * config.quiet + ["--trust-remote-code"] * config.trust_remote_code
-    return parse(ConvertConfig, "convert", words)
+    try:
+        return parse(ConvertConfig, "convert", words)
+    except OptionError as error:
+        raise OptionError(str(error).replace("--recipe", "--conversion")) from error
 
 
 def _setting(config: BenchConfig) -> dict[str, Any]:
@@ -56,7 +61,8 @@ def _setting(config: BenchConfig) -> dict[str, Any]:
     from care_mla.bench.decode import dtype_of
     from care_mla.device import pick_device
 
-    device = pick_device(config.device)
+    recipe = read_recipe(config.conversion) if config.conversion else {}
+    device = pick_device(config.device or recipe.get("device"))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     setting = {"device": name, "threads": torch.get_num_threads()}
     if config.what != "convert":

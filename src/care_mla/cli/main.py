@@ -17,6 +17,8 @@ from care_mla.errors import CareError
 
 # No room, read-only, over quota, not allowed: the user can mend these, and nothing of ours is wrong.
 UNWRITABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+# Measurements, of which half of one is nothing.
+KEEPS_NOTHING = ("bench",)
 COMMANDS = {
     "inspect": "what a model is, and whether it can be converted; reads its configuration alone",
     "plan": "memory, disk, time and cached values of a conversion; writes nothing",
@@ -82,7 +84,12 @@ def _run(name: str, arguments: list[str]) -> int:
         terminal.error(f"care {name}: {error}")
         return 2
     except KeyboardInterrupt:
-        terminal.error(f"care {name}: interrupted, work kept. The same command goes on from there.")
+        kept = (
+            "nothing was kept."
+            if name in KEEPS_NOTHING
+            else "work kept. The same command goes on from there."
+        )
+        terminal.error(f"care {name}: interrupted, {kept}")
         return 130
     except BrokenPipeError:
         # The reader has left (`care plan demo | head`): nothing more can be said, also not at exit.
