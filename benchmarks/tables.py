@@ -225,34 +225,92 @@ HEALING = {
 
 
 def healing() -> str:
-    """Every row of benchmarks/healing: one-shot and healed, beside what it must reach."""
+    """Every row of benchmarks/healing: one-shot and healed, beside what it must reach and whether it does."""
+    (plain,) = read("healing/plain.json")
     lines = []
     for name, (cache, *targets) in HEALING.items():
-        goal = " / ".join(f"{target:.2f}" for target in targets)
-        path = HERE / "healing" / name / "result.json"
-        if not path.is_file():
-            lines.append([cache, "-", "-", goal, "-", "-"])
-            continue
-        result = json.loads(path.read_text(encoding="utf-8"))
-        original, *others = (list(model["perplexity"].values()) for model in result["models"])
-        ratios = [
-            " / ".join(
-                f"{text['value'] / base['value']:.3f}" for text, base in zip(texts, original, strict=True)
-            )
-            for texts in others
-        ]
+        (result,) = read(f"healing/{name}/result.json")
         heal = result["heal"]
-        minutes, use = heal["training_seconds"] / 60, heal["model_flop_utilisation"]
-        speed = f"{heal['tokens_per_second']:,.0f}" + (f" ({use:.0%} of peak)" if use else "")
-        lines.append([cache, *ratios, goal, f"{minutes:.1f}", speed])
-    columns = ["cached values", "converted", "healed", "must reach", "minutes", "tokens per second"]
+        if "models" in result:
+            models = [[text["value"] for text in model["perplexity"].values()] for model in result["models"]]
+            base, reached = models[0], models[-1]
+            ratios = [_ratios(values, base) for values in models[1:]]
+        else:  # not measured in its own run
+            (other,) = read("healing/quarter/result.json")
+            base = [text["value"] for text in other["models"][0]["perplexity"].values()]
+            reached = list(plain["perplexity"][name].values())
+            ratios = ["-", _ratios(reached, base) + " (plain)"]
+        goal = " / ".join(
+            f"{target:.2f} {'✓' if value / original <= target else '✗'}"
+            for target, value, original in zip(targets, reached, base, strict=True)
+        )
+        tokens = heal["steps"][-1]["step"] * heal["tokens_per_step"] / 1e6
+        minutes = heal["training_seconds"] / 60
+        lines.append([cache, *ratios, goal, f"{tokens:.0f} M", f"{minutes:.1f}", heal["train"]])
+    columns = ["cached values", "converted", "healed", "must reach", "tokens", "minutes", "trained"]
     return markdown(columns, lines)
+
+
+def healed() -> str:
+    """The README's table of healing: decoupled models, perplexity on the whole WikiText-2 test."""
+    (plain,) = read("healing/plain.json")
+    lines = []
+    for name in ("half-32-160", "quarter", "eighth"):
+        (result,) = read(f"healing/{name}/result.json")
+        heal, cached = result["heal"], result["convert"]["cached_values"]
+        tokens = heal["steps"][-1]["step"] * heal["tokens_per_step"] / 1e6
+        if "models" in result:
+            texts = [next(iter(model["perplexity"].values()))["value"] for model in result["models"]]
+        else:
+            texts = [None, None, plain["perplexity"][name]["wiki.test"]]
+        if not lines:
+            lines.append(["original", f"{cached['original']:g}", "", f"{texts[0]:.1f}"])
+        shown = [f"{value:.1f}" if value else "-" for value in texts[1:]]
+        lines.append([f"healed on {tokens:.0f} M tokens", f"{cached['converted']:g}", *shown])
+    return markdown(["decoupled, stock engines", "cached values", "converted", "healed"], lines)
+
+
+def _ratios(values: list[float], base: list[float]) -> str:
+    return " / ".join(f"{value / original:.3f}" for value, original in zip(values, base, strict=True))
+
+
+def healing_init() -> str:
+    """The same healing from several initialisations."""
+    (result,) = read("healing/init/init.json")
+    lines = [
+        [
+            f"`{method}`",
+            row["form"],
+            *(f"{row['held_out'][when]:.3f}" for when in ("before", "after")),
+            f"{row['measurements'][-1]['step'] * row['tokens_per_step'] / 1e6:.1f} M",
+        ]
+        for method, row in result["methods"].items()
+    ]
+    return markdown(["method", "form", "KL before", "KL after", "tokens"], lines)
+
+
+def healing_probes() -> str:
+    """What trains, and how fast: short trainings at a quarter of the cache."""
+    (result,) = read("healing/probes.json")
+    lines = [
+        [
+            row["train"],
+            f"{row['learning_rate']:g}",
+            f"{row['held_out']['after']:.3f}",
+            f"{row['measurements'][-1]['step'] * row['tokens_per_step'] / 1e6:.1f} M",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["trained", "learning rate", "KL after", "tokens"], lines)
 
 
 TABLES = {
     "matching": matching,
     "matching-trials": matching_trials,
     "healing": healing,
+    "healed": healed,
+    "healing-init": healing_init,
+    "healing-probes": healing_probes,
     "llama-cpp": llama_cpp,
     **PAPER_TABLES,
     "one-shot-0.75": lambda: one_shot("0.75"),

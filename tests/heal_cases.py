@@ -43,7 +43,7 @@ def run(
     student = StudentFolder(converted).load_student()
     choose_weights(student, config.train, config.lora_rank, config.seed)
     weights = LossWeights(config.cross_entropy, config.beta, config.temperature)
-    distiller = Distiller(student, load(original), weights, config.hidden_states)
+    distiller = Distiller(student, load(original), weights, config.hidden_states, config.attention_outputs)
     model = place(distiller, accelerator, config)
     blocks = Blocks([split_corpus("t", 1.0, token_ids(40, 12).int(), 4, 0)], config.seed)
     checkpoints = Checkpoints(Workspace(work))

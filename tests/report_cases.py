@@ -47,7 +47,14 @@ def conversion(layers: int = 4, *, separate: bool = False) -> dict[str, Any]:
         "qk_rope_head_dim": 32,
         "form": "exact-rope" if separate else "decoupled",
         "method": "fisher",
+        "allocation": "uniform",
+        "profile": "deepseek-v3",
+        "engines": {"transformers": True, "vllm": "tied embeddings", "llama.cpp": True},
         "held_out_kl": 0.1926,
+        "candidates": [
+            {"candidate": "decoupled fisher R128 P64 uniform", "kl": 0.25, "chosen": False},
+            {"candidate": "decoupled fisher R160 P32 uniform", "kl": 0.1926, "chosen": True},
+        ],
         "needs_healing": [],
         "output": "care-demo/model",
         "stages": {"check": 1.5, "calibrate": 60.25},
@@ -97,37 +104,46 @@ def comparison(budget: int = 192, scale: float = 1.0) -> dict[str, Any]:
 
 def evaluation() -> dict[str, Any]:
     """What `care evaluate` writes of an original and a converted model."""
+    original = evaluated("models/original", 384, 14.27)
+    converted = evaluated("care-demo/model", 192, 16.92)
+    converted["perplexity"]["text"] |= {
+        "kl": 0.21,
+        "kl_stderr": 0.01,
+        "difference": {"nll": 0.17, "nll_stderr": 0.01, "perplexity_ratio": 1.186},
+    }
+    converted["tasks"]["arc_easy"]["difference"] = {"acc": {"value": -0.06, "stderr": 0.034}}
+    converted["needle"]["difference"] = {"value": 0.0, "stderr": 0.0}
+    return {"models": [original, converted]}
 
-    def model(name: str, cached: int, value: float) -> dict[str, Any]:
-        needle = {
+
+def evaluated(name: str, cached: int, value: float) -> dict[str, Any]:
+    """One of the models that `care evaluate` measures."""
+    return {
+        "model": name,
+        "cached_values": cached,
+        "cache_bytes_per_token": 120 * cached,
+        "speed": {"prefill_tokens_per_second": 812.5, "decode_tokens_per_second": 21.25},
+        "perplexity": {
+            "text": {
+                "value": value,
+                "tokens": 4088,
+                "block": 512,
+                "by_position": [
+                    {"start": start, "end": start + 256, "value": value + start / 256} for start in (0, 256)
+                ],
+            }
+        },
+        "tasks": {"arc_easy": {"acc": 0.55, "acc_stderr": 0.04, "items": 100, "chance": 0.25}},
+        "needle": {
             "lengths": [1024, 2048],
             "depths": [0.0, 0.5, 1.0],
             "score": [[1.0, 0.5, 1.0], [0.0, 0.25, 1.0]],
-        }
-        return {
-            "model": name,
-            "cached_values": cached,
-            "cache_bytes_per_token": 120 * cached,
-            "speed": {"prefill_tokens_per_second": 812.5, "decode_tokens_per_second": 21.25},
-            "perplexity": {
-                "text": {
-                    "value": value,
-                    "tokens": 4088,
-                    "block": 512,
-                    "kl": 0.21 if cached < 384 else None,
-                    "kl_stderr": 0.01,
-                    "by_position": [
-                        {"start": start, "end": start + 256, "value": value + start / 256}
-                        for start in (0, 256)
-                    ],
-                }
-            },
-            "tasks": {"arc_easy": {"acc": 0.55, "acc_stderr": 0.04, "items": 100}},
-            "needle": {**needle, "mean": 0.625, "mean_stderr": 0.1, "haystack": "essays.txt"},
-            "passkey": None,
-        }
-
-    return {"models": [model("models/original", 384, 14.27), model("care-demo/model", 192, 16.92)]}
+            "mean": 0.625,
+            "mean_stderr": 0.1,
+            "haystack": "essays.txt",
+        },
+        "passkey": None,
+    }
 
 
 def healing() -> dict[str, Any]:
@@ -155,7 +171,11 @@ BODIES: dict[str, dict[str, Any]] = {
         ],
     },
     "inspect": {"model": "models/original", "supported": True, "family": "llama", "num_hidden_layers": 4},
-    "bench": {"device": "cpu", "rows": [{"batch": 1, "median": 20.5, "spread": 0.4}]},
+    "bench": {
+        "what": "decode",
+        "device": "cpu",
+        "rows": [{"model": "demo", "metric": "decode", "context": 256, "median": 20.5, "spread": 0.4}],
+    },
 }
 
 
@@ -164,8 +184,40 @@ def write_result(path: Path, command: str, body: dict[str, Any], *, version: int
     path.write_text(json.dumps({"format": f"care-mla/{command}/{version}", **HEAD, **body}))
 
 
+def folder_with(folder: Path, *commands: str) -> Path:
+    """A folder with one result of each of these commands."""
+    for command in commands:
+        write_result(folder / f"{command}.json", command, BODIES[command])
+    return folder
+
+
 def write_results(folder: Path) -> None:
     """One result of every command, and a second comparison at half the size."""
     for command, body in BODIES.items():
         write_result(folder / f"{command}.json", command, body)
     write_result(folder / "compare-quarter.json", "compare", comparison(96, scale=2.0))
+
+
+def write_large_results(folder: Path) -> None:
+    """Results of a model with 80 layers and 64 heads, under long names; 16 methods; prompts of 1 K to 1 M."""
+    body = conversion(80)
+    for row in body["layers"]:
+        row["gamma"] = [i / 63 for i in range(64)]
+        row["rope_kept"] = [0.5 + i / 130 for i in range(64)]
+        row["spectrum"] = [0.99**i for i in range(512)]
+    name = "a-company-with-a-name/its-largest-model-of-all-times-120B-instruct"
+    write_result(folder / "convert.json", "convert", body | {"model": name, "output": f"{name}-mla-half"})
+    models = [evaluated(f"{name}{end}", 384, 14.27) for end in ("", "-mla-half", "-mla-half-healed-40M")]
+    lengths = [1024 * 2**i for i in range(11)]
+    for model in models:
+        score = [[abs(i - 5) / 5, 1.0, 0.0, 0.5, 1.0] for i in range(11)]
+        model["needle"] |= {"lengths": lengths, "depths": [0, 0.25, 0.5, 0.75, 1], "score": score}
+    write_result(folder / "evaluate.json", "evaluate", {"models": models})
+    for budget in (48, 96, 144, 192, 288):
+        rows = [
+            {"method": f"method-{i}-of-16", "form": form, "cached_values": budget, "perplexity": value}
+            for form in ("decoupled", "exact-rope")
+            for i, value in enumerate([30 + i * 2000 / budget for i in range(14)] + [40_000.0, float("inf")])
+        ]  # fmt: skip
+        write_result(folder / f"compare-{budget}.json", "compare", comparison() | {"rows": rows})
+    write_result(folder / "heal.json", "heal", healing() | {"warnings": [f"--work {name} is long. " * 4]})

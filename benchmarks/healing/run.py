@@ -12,6 +12,7 @@ with a WORK of its own, on the text that `sample` wrote in one of them: --data F
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ from care_mla.versions import versions
 from care_mla.workspace import Workspace, read_json, write_json, write_text
 
 HERE = Path(__file__).parent
+ROW_FORMAT = "care-mla/healing-row/1"
+KEEP_EVERY = 10
 ROWS = sorted(path.parent.name for path in HERE.glob("*/convert.yaml") if path.parent.name != "init")
 # Methods and their forms, at the same cached values.
 INITIALISATIONS = {
@@ -86,9 +89,9 @@ def measure_row(name: str, options: argparse.Namespace) -> None:
     """One row of the table: the original, the conversion and the healed model measured in one run."""
     result = options.results / f"{name}.json" if options.results else HERE / name / "result.json"
     start = time.perf_counter()
-    body: dict[str, Any] = {"format": "care-mla/healing-row/1", "row": name, "versions": versions()}
+    body: dict[str, Any] = {"format": ROW_FORMAT, "row": name, "versions": versions()}
     body |= convert_and_heal(name, options, HERE / name)
-    write_json(result, body)
+    write_json(result, kept(body, options))
     if options.perplexity:
         models = (options.model, *(str(options.work / name / kind) for kind in ("converted", "healed")))
         texts = tuple(options.perplexity)
@@ -103,8 +106,25 @@ def measure_row(name: str, options: argparse.Namespace) -> None:
         columns = ["text", "original", "converted", "healed", "converted, ratio", "healed, ratio"]
         console.current().table(name, columns, rows)
     body["seconds"] = round(time.perf_counter() - start, 3)
-    write_json(result, body)
+    write_json(result, kept(body, options))
+    draw_rows(result.parent if options.results else HERE, options)
     console.current().note(f"Written: {result}")
+
+
+def kept(body: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What of a row is kept: every tenth step, nothing of single layers, and no places of a machine."""
+    convert = {key: value for key, value in body["convert"].items() if key not in ("layers", "export")}
+    heal = body["heal"] | {"steps": body["heal"]["steps"][::KEEP_EVERY]}
+    text = json.dumps(body | {"convert": convert, "heal": heal})
+    return json.loads(text.replace(f"{options.work}/", "").replace(options.model, Path(options.model).name))
+
+
+def draw_rows(folder: Path, options: argparse.Namespace) -> None:
+    """The learning curves of all rows that are there, in one figure."""
+    pattern = "*.json" if options.results else "*/result.json"
+    rows = [read_json(path) for path in sorted(folder.glob(pattern))]
+    histories = {row["row"]: row["heal"] for row in rows if row["format"] == ROW_FORMAT}
+    write_text(folder / "curves.svg", healing_figure(histories))
 
 
 def compare_initialisations(options: argparse.Namespace) -> None:
@@ -113,7 +133,7 @@ def compare_initialisations(options: argparse.Namespace) -> None:
     histories: dict[str, Any] = {}
     for method, form in INITIALISATIONS.items():
         done = convert_and_heal(f"init-{method}", options, HERE / "init", "--method", method, "--form", form)
-        keys = ("tokens_per_step", "best_step", "held_out", "measurements", "training_seconds")
+        keys = ("tokens_per_step", "best_step", "held_out", "measurements", "training_seconds", "device")
         histories[method] = {
             "form": form,
             "kv_lora_rank": done["convert"]["kv_lora_rank"],
@@ -121,7 +141,8 @@ def compare_initialisations(options: argparse.Namespace) -> None:
             "cached_values": done["convert"]["cached_values"]["converted"],
             **{key: done["heal"][key] for key in keys},
         }
-        body = {"format": "care-mla/healing-initialisations/1", "versions": versions(), "methods": histories}
+        versions = done["heal"]["versions"]
+        body = {"format": "care-mla/healing-initialisations/1", "versions": versions, "methods": histories}
         write_json(folder / "init.json", body)
         write_text(folder / "init.svg", healing_figure(histories))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -28,10 +31,28 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found no room for a tensor; on a CPU it has no class of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def restart_peak(device: torch.device) -> None:
+    """Let `peak_memory` count from now on; on a CPU where Linux allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes in use at any time of this process: of the GPU on a GPU, else resident in memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Linux hands getrusage's peak on from the process that started this one; its own is here.
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 

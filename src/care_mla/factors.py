@@ -78,6 +78,20 @@ class LatentLayer:
         rope = 0 if self.k_rope_JPD is None else self.k_rope_JPD.shape[0] * self.k_rope_JPD.shape[1]
         return self.kv_lora_rank + rope
 
+    def with_heads_apart(self) -> LatentLayer:
+        """The same attention with up-projections for every query head, as stock classes have them: G is N.
+
+        It caches what it did. Decoupled layers alone: they have no norm and no bias of rebuilt keys.
+        """
+        assert self.form == "decoupled"
+        per_group = len(self.q_rope_NPD) // len(self.up_v_GHR)
+        return replace(
+            self,
+            up_k_GMR=self.up_k_GMR.repeat_interleave(per_group, dim=0),
+            up_v_GHR=self.up_v_GHR.repeat_interleave(per_group, dim=0),
+            v_bias_GH=None if self.v_bias_GH is None else self.v_bias_GH.repeat_interleave(per_group, dim=0),
+        )
+
     def output_weight(self, source_DO: Tensor) -> Tensor:
         """The output projection: this layer's own if it has one, else the source's."""
         return source_DO if self.o_weight_DO is None else self.o_weight_DO

@@ -65,6 +65,8 @@ class HealConfig(CommonConfig):
     """Weight of the cross-entropy with the text's own next tokens; the paper's loss has 1."""
     hidden_states: float = 0.0
     """Weight of the relative squared difference between the residual streams after every layer."""
+    attention_outputs: float = 0.0
+    """Weight of the relative squared difference between what attention adds to the stream in every layer."""
     lora_rank: int = 16
     """Of the adapters, with --train lora."""
     save_every: int | None = None
@@ -117,6 +119,7 @@ class HealConfig(CommonConfig):
             ("--temperature", self.temperature, 1e-3),
             ("--cross-entropy", self.cross_entropy, 0),
             ("--hidden-states", self.hidden_states, 0),
+            ("--attention-outputs", self.attention_outputs, 0),
             ("--lora-rank", self.lora_rank, 1),
             ("--save-every", self.save_every, 1),
             ("--patience", self.patience, 0),
@@ -125,10 +128,10 @@ class HealConfig(CommonConfig):
             _at_least(flag, value, minimum)
         if not 0 <= self.warmup <= 1:
             raise OptionError(f"--warmup {self.warmup} is a share of the steps, from 0 to 1. Try 0.05")
-        if self.beta == self.cross_entropy == self.hidden_states == 0:
+        if self.beta == self.cross_entropy == self.hidden_states == self.attention_outputs == 0:
             raise OptionError(
-                "--beta, --cross-entropy and --hidden-states are all 0, so that there is nothing to train "
-                "for. Give one of them: --beta 1"
+                "--beta, --cross-entropy, --hidden-states and --attention-outputs are all 0, so that there "
+                "is nothing to train for. Give one of them: --beta 1"
             )
         if self.train != "lora" and self.lora_rank != HealConfig.lora_rank:
             raise OptionError(

@@ -15,7 +15,8 @@ class MatchingOptions:
     """Steps of training for each converted attention, layer by layer, so that the stream after it is the
     original's again. 0: none; 96 take minutes on a CPU for a small model."""
     match_tokens: int | None = None
-    """Tokens that --match-steps trains on, of the same text. None: 512 a step, all different."""
+    """Tokens that --match-steps trains on, of the same text. None: 512 a step, at most
+    65,536, which then come again."""
 
     def check_matching(self) -> None:
         """Refuse numbers that mean nothing, and text that nothing reads.

@@ -10,13 +10,17 @@ from care_mla.facts import ModelFacts
 
 GIB = 2**30
 MATCHING_BATCH_TOKENS = 512  # of a step of training, in whole sequences
+# Text may come again: 576 steps on 49,152 tokens do nearly as well as on 98,304
+# (benchmarks/healing/matching.md).
+MOST_DISTINCT_TOKENS = 65_536
 # Of the sequences, one in so many is held out from training: whether a layer is better is judged on those.
 HELD_OUT_SHARE = 16
 
 
 def matching_tokens(config: PlanConfig, tokens: int) -> int:
-    """Tokens to match on: those asked for, else the statistics' `tokens`, or what the steps take if more."""
-    return config.match_tokens or max(tokens, config.match_steps * MATCHING_BATCH_TOKENS)
+    """Tokens to match on: those asked for, else the statistics' `tokens`, or more if the steps take more."""
+    taken = min(config.match_steps * MATCHING_BATCH_TOKENS, MOST_DISTINCT_TOKENS)
+    return config.match_tokens or max(tokens, taken)
 
 
 class MatchingCost(NamedTuple):
@@ -61,10 +65,12 @@ def matching_cost(
     batch_tokens = min(tokens, MATCHING_BATCH_TOKENS)
     # Forward and backward cost three times two operations per weight; what is matched costs one forward pass.
     step = 6.0 * batch_tokens * converted
+    # Scores, probabilities and the gradient of one of them.
+    attention = 3 * 4 * facts.num_attention_heads * batch_tokens**2
     sweep = tokens * 2.0 * (original + converted + 2 * mlp)
     return MatchingCost(
         # Weights, scales, moves, their gradients, Adam's two moments, and the weights moved.
-        memory=4 * 7 * converted + 4 * stream * tokens,
+        memory=4 * 7 * converted + attention + 4 * stream * tokens,
         streams=streams,
         layers=facts.num_hidden_layers * 4 * converted,
         flops=facts.num_hidden_layers * (config.match_steps * step + sweep),

@@ -19,7 +19,7 @@ from care_mla.checkpoint.finite import require_finite
 from care_mla.checkpoint.opening import DEMO, open_source
 from care_mla.checkpoint.source import Source
 from care_mla.checkpoint.writer import atomic_folder, check_output, require_disk
-from care_mla.configs import ConvertConfig, VerifyConfig
+from care_mla.configs import ConvertConfig, Profile, VerifyConfig
 from care_mla.decompose.absorb import constant_error
 from care_mla.decompose.layer_inputs import CalibratedLayers
 from care_mla.decompose.methods import decoupled_variants, method_function, variants
@@ -109,7 +109,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     matched = None
     if config.match_steps:
         with stages("match"):
-            layers, matched = _match(stack, config, layers, choice, blocks, workspace)
+            layers, matched = _match(stack, config, layers, choice, blocks, workspace, profile)
         for row, errors in zip(layer_rows, matched.errors, strict=True):
             row["match"] = errors
     held_out_kl = min(matched.held_out_kl.values()) if matched else choice.held_out_kl
@@ -146,6 +146,10 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             "allocation": choice.allocation,
             "profile": profile,
             "held_out_kl": held_out_kl,
+            "candidates": [
+                {"candidate": label, "kl": kl, "chosen": label == choice.label}
+                for label, kl in (choice.candidates_kl or {}).items()
+            ],
             "rope": {
                 "type": source.facts.rope_type,
                 "table": choice.variant.rope_table,
@@ -167,6 +171,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
             result["match"] = {
                 "steps": config.match_steps,
                 "tokens": matched.tokens,
+                "heads_apart": matched.heads_apart,
                 "held_out_kl": matched.held_out_kl,
                 "kept": matched.is_kept,
             }
@@ -292,11 +297,13 @@ def _match(
     choice: Choice,
     blocks: TokenBlocks,
     workspace: Workspace,
+    profile: Profile,
 ) -> tuple[Callable[[int], LatentLayer], Matched]:
     """Train every layer towards the original's stream; what diverges less on held-out text is kept."""
     console = terminal.current()
     tokens_BL = matching_text(stack, config, blocks, workspace, console)
-    matching = Matching(steps=config.match_steps, seed=config.seed)
+    # Stock classes expand the latent for every query head; our own rebuilds keys and values per KV head.
+    matching = Matching(steps=config.match_steps, seed=config.seed, heads_apart=profile != "care")
     depends_on = [
         *(choice.label, choice.ranks, config.damping, stack.source.fingerprint(), blocks.content_hash)
     ]
@@ -324,7 +331,13 @@ def _match(
             f"{kl['after']:.4f} after), so the layers stay as they were factored. Give it more text: "
             "--match-tokens N"
         )
-    matched = Matched(tokens=tokens_BL.numel(), errors=errors, held_out_kl=kl, is_kept=is_kept)
+    matched = Matched(
+        tokens=tokens_BL.numel(),
+        heads_apart=matching.heads_apart,
+        errors=errors,
+        held_out_kl=kl,
+        is_kept=is_kept,
+    )
     return trained if is_kept else layers, matched
 
 
@@ -332,6 +345,7 @@ class Matched(NamedTuple):
     """What block matching did: the errors of every layer, and KL to the original before and after."""
 
     tokens: int
+    heads_apart: bool
     errors: list[dict[str, float]]
     held_out_kl: dict[str, float]
     is_kept: bool

@@ -36,10 +36,11 @@ BASE = {
     "decoupled_options",
     "matching_options",
     "evaluate_config",
+    "bench_config",
 }
 STEPS = [
     *("families", "profiles", "checkpoint", "plan", "calibrate", "decompose", "allocate", "mla", "export"),
-    *("heal", "evaluate", "report", "pipeline", "cli", "__main__"),
+    *("heal", "evaluate", "report", "pipeline", "bench", "cli", "__main__"),
 ]
 # These run before anything is loaded, or run on machines without torch.
 LIGHT = [
@@ -51,6 +52,7 @@ LIGHT = [
         "care_mla.configs",
         "care_mla.export_config",
         "care_mla.evaluate_config",
+        "care_mla.bench_config",
         "care_mla.recipe",
         "care_mla.budget",
         "care_mla.serving",

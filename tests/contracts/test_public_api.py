@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import care_mla
+from care_mla.bench_config import BenchConfig
 from care_mla.cli.main import COMMANDS, help_text
 from care_mla.configs import (
     CompareConfig,
@@ -34,6 +35,7 @@ CONFIGS = {
     "heal": HealConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
+    "bench": BenchConfig,
     "report": ReportConfig,
     "demo": DemoConfig,
 }
@@ -57,11 +59,15 @@ OPTIONS = {
     "heal": (
         "quiet json model output teacher data tokens held_out_tokens sequence_length train steps minutes "
         "batch_size micro_batch_size learning_rate warmup weight_decay max_grad_norm beta temperature "
-        "cross_entropy hidden_states lora_rank save_every patience gradient_checkpointing compile shard plan "
-        "dtype seed device work recipe overwrite trust_remote_code"
+        "cross_entropy hidden_states attention_outputs lora_rank save_every patience gradient_checkpointing "
+        "compile shard plan dtype seed device work recipe overwrite trust_remote_code"
     ),
     "export": "quiet json model output profile quantization kv_lora_rank overwrite",
     "verify": "quiet json model engine",
+    "bench": (
+        "quiet json what models context batch_size new_tokens repeats dtype conversion scratch device "
+        "trust_remote_code"
+    ),
     "report": "quiet json folder",
     "demo": "quiet json folder overwrite",
 }
@@ -109,7 +115,7 @@ def test_help_shows_and_explains_every_option(command: str) -> None:
     text = " ".join(done.stdout.replace("│", " ").split())
     assert f"usage: care {command}" in text
     for f in fields(CONFIGS[command]):
-        is_argument = f.name in ("model", "models", "output", "folder")
+        is_argument = f.name in ("what", "model", "models", "output", "folder")
         shown = f.name.removesuffix("s").upper() if is_argument else f"--{f.name.replace('_', '-')}"
         assert shown in text, f"{shown} is missing from the help"
     assert "(default: None) (default" not in text

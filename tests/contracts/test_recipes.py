@@ -61,6 +61,7 @@ def planned(model: str, recipe: str, gpus: int) -> tuple[HealConfig, MemoryPlan]
     heal = HealConfig(model=Path("OUT"), output=Path("HEALED"), **options)
     layer = LatentDims(
         latent_form="decoupled",
+        num_key_value_heads=facts.num_attention_heads,
         kv_lora_rank=dims.kv_lora_rank,
         qk_nope_head_dim=facts.head_dim,
         qk_rope_head_dim=dims.qk_rope_head_dim,
@@ -69,7 +70,6 @@ def planned(model: str, recipe: str, gpus: int) -> tuple[HealConfig, MemoryPlan]
         k_rope_bias=facts.k_bias,
     )
     student = latent_config(facts, [layer] * facts.num_hidden_layers)
-    student.num_key_value_heads = facts.num_attention_heads
     parameters = count_parameters(facts, student, facts, heal)
     sizes = resolve_sizes(facts, heal, on_gpu=True, processes=gpus)
     shards = gpus if heal.shard else 1

@@ -44,6 +44,7 @@ def test_result_of_a_conversion(converted: Conversion) -> None:
         *("cached_values", "kv_lora_rank", "qk_rope_head_dim", "freqfold", "form", "method", "allocation"),
         *("profile", "held_out_kl", "needs_healing", "output", "stages", "peak_memory_bytes", "export"),
         *("layers", "verify", "rope", "biases", "engines", "model", "recipe", "fingerprints"),
+        "candidates",
     }
     assert body["format"] == "care-mla/convert/1"
     assert body["cached_values"] == {"original": 64, "converted": 32}
@@ -59,6 +60,8 @@ def test_result_of_a_conversion(converted: Conversion) -> None:
     assert body["needs_healing"] == []
     assert body["model"] == "model"
     assert body["recipe"] == (converted.output / "recipe.yaml").read_text()
+    (chosen,) = [row for row in body["candidates"] if row["chosen"]]
+    assert chosen["kl"] == body["held_out_kl"] == min(row["kl"] for row in body["candidates"])
     assert list(body["fingerprints"]) == ["source weights", "calibration tokens"]
 
 

@@ -29,6 +29,7 @@ from care_mla.export_config import ExportConfig
 from e2e.command import CARE, ENVIRONMENT, FAST, hashes
 from export_cases import decoupled_layer, export, token_ids
 from heal_cases import curve, run
+from heal_processes import TERMS
 from latent_models import exact_layer, load
 
 from pico import pico_model, pico_text
@@ -119,7 +120,7 @@ def test_the_learning_curve_is_text_that_can_be_read(folder: Path) -> None:
     svg = (folder / "HEALED/care_reference/healing.svg").read_text()
     words = " ".join(ElementTree.fromstring(svg).itertext())
     assert "tokens trained on" in words
-    assert "KL(original || healed), nats per token" in words
+    assert "KL to the original, nats per token" in words
     assert svg == (folder / "HEALED.work/healing.svg").read_text()
     history = json.loads((folder / "HEALED/care_reference/healing.json").read_text())
     body = json.loads((folder / "healed.json").read_text())
@@ -159,10 +160,12 @@ def test_two_processes_are_one(folder: Path, here: Path) -> None:
         env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ddp = json.loads(Path("ddp.json").read_text())
-    alone, _ = run(Path("OUT"), Path("model"), Path("alone"))
-    assert ddp["curve"] == pytest.approx(curve(alone), rel=1e-5)
-    assert ddp["step"] == alone.best[0]
+    for names, options in ((("ddp",), {}), (("ddp-terms", "fsdp-terms"), TERMS)):
+        alone, _ = run(Path("OUT"), Path("model"), Path(f"{names[0]}-alone"), **options)
+        for name in names:
+            together = json.loads(Path(f"{name}.json").read_text())
+            assert together["curve"] == pytest.approx(curve(alone), rel=1e-5), name
+            assert together["step"] == alone.best[0]
     sharded = json.loads(Path("shard.json").read_text())
     assert sharded["processes"] == 2
     assert sharded["verify"]["passed"]

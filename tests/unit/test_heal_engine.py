@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from care_mla.errors import OptionError
 from care_mla.heal.engine import (
@@ -23,6 +24,12 @@ from care_mla.heal.student import StudentFolder, choose_weights
 from export_cases import export, token_ids
 from heal_cases import options
 from latent_models import load
+
+
+@pytest.fixture(autouse=True)
+def _other_device_each_time() -> None:
+    """Accelerate keeps the device of its first use, and some tests are of a CPU on any machine."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def distiller(folder: Path, train: str = "attention") -> Distiller:
@@ -73,7 +80,7 @@ def test_an_optimiser_comes_back_to_the_bit(tmp_path: Path) -> None:
         optimizer.zero_grad()
     others = trained_parameters(second)
     other = torch.optim.AdamW(others.values(), lr=1e-3)
-    accelerator = make_accelerator(options(), tmp_path)
+    accelerator = Accelerator(cpu=True)
     moments = copies(optimizer_tensors(optimizer, parameters), accelerator)
     restore(other, others, copies(parameters, accelerator), moments)
     for model, opt in ((first, optimizer), (second, other)):
@@ -96,6 +103,23 @@ def test_a_precision_that_training_has_not_is_refused(
 def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no GPU"):
         make_accelerator(options(device="cuda"), tmp_path)
+
+
+def test_layers_of_unequal_ranks_are_compiled_without_their_attention(tmp_path: Path) -> None:
+    export(tmp_path, tokenizer=False)
+    equal, unequal = distiller(tmp_path), distiller(tmp_path)
+    unequal.student.config.kv_lora_rank = [8, 4]
+    for both in (equal, unequal):
+        place(both, Accelerator(cpu=True), options(compile=True))
+    compiled = [
+        {name for name, part in both.named_modules() if part._compiled_call_impl is not None}
+        for both in (equal, unequal)
+    ]
+    layers = {f"{model}.model.layers.{i}" for model in ("student", "teacher") for i in (0, 1)}
+    assert compiled[0] == layers
+    assert compiled[1] > {name for name in layers if name.startswith("teacher")}
+    assert "student.model.layers.1.mlp" in compiled[1]
+    assert not any(name.endswith("self_attn") for name in compiled[1])
 
 
 @pytest.mark.gpu

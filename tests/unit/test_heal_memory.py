@@ -96,6 +96,9 @@ def test_what_costs_memory_and_what_saves_it(tmp_path: Path) -> None:
     assert total(train="all")["AdamW's moments"] > 2 * plain["AdamW's moments"]
     assert total(train="lora", lora_rank=2)["AdamW's moments"] < plain["AdamW's moments"] / 4
     assert total(gradient_checkpointing=True)["activations"] < plain["activations"]
+    both = total(hidden_states=1.0, attention_outputs=1.0)["activations"] - plain["activations"]
+    # Two terms, two models, bfloat16, 2,048 tokens.
+    assert both == 2 * 2 * 2 * 8 * 256 * facts.num_hidden_layers * facts.hidden_size
     assert total(shards=8)["gradients"] == plain["gradients"] // 8
     assert total(on_gpu=False)["activations"] == 2 * plain["activations"]
 

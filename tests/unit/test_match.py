@@ -44,6 +44,7 @@ from unit.test_stream import PeakMemory, files, open_stack, tokens
 from pico import pico_model, pico_text, pico_tokenizer
 
 STEPS = Matching(steps=30, seed=0, learning_rate=0.005)
+APART = replace(STEPS, heads_apart=True)
 # Source, form, method, total latent width, width of a RoPE key.
 CASES: dict[str, tuple[dict[str, Any], str, str, int, int]] = {
     "decoupled": ({}, "decoupled", "fisher", 24, 8),
@@ -105,6 +106,29 @@ def test_matching_lowers_errors_and_divergence(name: str, tmp_path: Path) -> Non
     assert first.cached_values == layers(0).cached_values
     assert first.tensors().keys() == layers(0).tensors().keys() | {"o_weight_DO"}
     assert not (tmp_path / "work" / "streams").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_bias": True}, {"kv_heads": 1}], ids=str)
+def test_query_heads_that_part_cache_the_same_and_do_better(options: dict[str, Any], tmp_path: Path) -> None:
+    stack = open_stack(pico_model(tmp_path / "model", **options))
+    layers = layers_of(stack, tmp_path / "work", "decoupled", "fisher", 24, 8)
+    matched, errors = {}, {}
+    for steps in (STEPS, APART):
+        matched[steps.heads_apart], rows = match_layers(
+            stack, layers, text(128, 32, seed=5), Workspace(tmp_path / "work"), steps, depends_on=0
+        )
+        errors[steps.heads_apart] = rows
+    for together, apart in zip(errors[False], errors[True], strict=True):
+        assert apart["error_after"] < together["error_after"] < together["error_before"]
+    # They begin as the same attention.
+    assert errors[True][0]["error_before"] == pytest.approx(errors[False][0]["error_before"], rel=1e-5)
+    first = matched[True](0)
+    assert first.cached_values == layers(0).cached_values
+    assert len(first.up_k_GMR) == len(first.up_v_GHR) == len(first.q_rope_NPD)
+    # Heads of one KV head have become different, or nothing would have been gained.
+    assert not torch.allclose(first.up_v_GHR[0], first.up_v_GHR[1])
+    _, measured = measure(stack, {"together": matched[False], "apart": matched[True]}, text(8, 64, seed=7))
+    assert measured["apart"].mean_kl < measured["together"].mean_kl
 
 
 def test_layers_that_are_exact_stay_as_they_are(tmp_path: Path) -> None:
@@ -176,7 +200,7 @@ import torch
 torch.set_num_threads(1)
 from care_mla.mla import match
 from care_mla.workspace import Workspace
-from unit.test_match import STEPS, layers_of
+from unit.test_match import APART, layers_of
 from unit.test_stream import open_stack, tokens
 
 left = int(sys.argv[3])
@@ -195,7 +219,7 @@ match.has_fast_bfloat16 = lambda device: False
 stack = open_stack(Path(sys.argv[1]))
 work = Path(sys.argv[2])
 layers = layers_of(stack, work, "decoupled", "fisher", 24, 8)
-match.match_layers(stack, layers, tokens(16, 32, seed=5), Workspace(work), STEPS, depends_on=0)
+match.match_layers(stack, layers, tokens(16, 32, seed=5), Workspace(work), APART, depends_on=0)
 """
 
 
@@ -215,7 +239,7 @@ def test_a_killed_process_goes_on_to_the_same_files(saved: int, tmp_path: Path) 
             assert done.returncode == -signal.SIGKILL
             assert list(work.glob("match_*/layer_*.json"))
         layers = layers_of(stack, work, "decoupled", "fisher", 24, 8)
-        match_layers(stack, layers, tokens(16, 32, seed=5), Workspace(work), STEPS, depends_on=0)
+        match_layers(stack, layers, tokens(16, 32, seed=5), Workspace(work), APART, depends_on=0)
         results.append(files(work))
     assert results[0] == results[1]
     assert sorted(Path(path).name for path in results[0] if path.startswith("match_")) == [
@@ -238,9 +262,9 @@ def test_no_sequence_comes_twice_before_all_have_come(monkeypatch: pytest.Monkey
 def test_other_options_are_other_files(tmp_path: Path) -> None:
     stack = open_stack(pico_model(tmp_path / "model"))
     layers = layers_of(stack, tmp_path / "work", "decoupled", "fisher", 24, 8)
-    for matching in (STEPS, replace(STEPS, steps=3), replace(STEPS, seed=1)):
+    for matching in (STEPS, replace(STEPS, steps=3), replace(STEPS, seed=1), APART):
         match_layers(stack, layers, tokens(8, 32), Workspace(tmp_path / "work"), matching, depends_on=0)
-    assert len(list((tmp_path / "work").glob("match_*"))) == 3
+    assert len(list((tmp_path / "work").glob("match_*"))) == 4
 
 
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:

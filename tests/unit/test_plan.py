@@ -274,7 +274,9 @@ def test_block_matching_is_counted() -> None:
     assert deep.memory["block matching"] == matched.memory["block matching"]
     assert matched.memory["block matching"] > matched.disk["streams to match"]
     assert matching_tokens(replace(config, match_tokens=None), 8192) == 40 * 512
-    assert matching_tokens(replace(config, match_tokens=None), 65_536) == 65_536
+    assert matching_tokens(replace(config, match_tokens=None), 98_304) == 98_304
+    # Beyond, they come again.
+    assert matching_tokens(replace(config, match_tokens=None, match_steps=512), 8192) == 65_536
     with pytest.raises(OptionError, match=r"--match-tokens 16384, or --max-spool-gib 2.0"):
         plan(facts, replace(config, max_spool_gib=1.0))
     with pytest.raises(OptionError, match="no effect without --match-steps"):

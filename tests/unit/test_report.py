@@ -1,8 +1,8 @@
-"""The report: what each figure shows, which sections the page has, and what is refused."""
+"""The report: what each figure shows, which sections the page has, and what it says."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 
-from care_mla.cli.main import main
 from care_mla.heal.curves import healing_figure
 from care_mla.report import figures
-from care_mla.report.page import MARK, page, write_report
-from care_mla.report.read import ReportError, Result, read_results
-from care_mla.report.tables import before_after, methods, number
+from care_mla.report.page import page, write_report
+from care_mla.report.read import Result, read_results
+from care_mla.report.tables import before_after, candidates, choices, methods, number
 from care_mla.report.verdict import verdicts
-from report_cases import BODIES, comparison, conversion, evaluation, healing, write_result, write_results
+from report_cases import (
+    BODIES,
+    comparison,
+    conversion,
+    evaluated,
+    evaluation,
+    folder_with,
+    healing,
+    write_result,
+    write_results,
+)
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
 
@@ -69,12 +78,6 @@ def result(command: str, body: dict[str, Any]) -> Result:
     return Result(path=Path(f"{command}.json"), command=command, body=body)
 
 
-def folder_with(folder: Path, *commands: str) -> Path:
-    for command in commands:
-        write_result(folder / f"{command}.json", command, BODIES[command])
-    return folder
-
-
 # Figures: data in, labels and values in the text of the SVG.
 
 
@@ -83,6 +86,32 @@ def test_pareto_names_every_method_with_its_mean_and_the_original() -> None:
     svg = figures.pareto("p", [row for row in rows if row["form"] == "decoupled"], comparison()["original"])
     assert {"fisher 42.57", "transmla 76.56", "original 29.19", "96", "192", "perplexity"} <= set(texts(svg))
     assert not any("svd" in text for text in texts(svg))
+
+
+def test_methods_far_above_are_named_and_do_not_press_the_others_together(tmp_path: Path) -> None:
+    original = comparison()["original"]
+    rows = [row for row in comparison()["rows"] if row["form"] == "exact-rope"]
+    rows.append(rows[0] | {"method": "broken", "perplexity": math.inf})
+    shown = texts(figures.pareto("p", rows, original))
+    assert {"svd 30,731 ↑", "broken ∞ ↑", "fisher 31.6", "50"} <= set(shown)
+    assert "10,000" not in shown
+    assert methods(rows, original).rows[-1][3:5] == ["∞", "∞"]
+    # All of a form above: no picture, and the page says so.
+    rows = [row | {"form": "partial-rope"} for row in rows if row["method"] == "svd"] + comparison()["rows"]
+    write_result(tmp_path / "compare.json", "compare", comparison() | {"rows": rows})
+    html = write_report(tmp_path).read_text()
+    assert "All perplexities of form partial-rope are above 350" in html
+    assert "Form partial-rope" not in html
+    assert "Form exact-rope" in html
+
+
+def test_a_method_has_one_style_and_one_scale_in_all_pictures() -> None:
+    original, rows = comparison()["original"], comparison()["rows"]
+    both = [figures.pareto("p", [r for r in rows if r["form"] == form], original, rows)
+            for form in ("decoupled", "exact-rope")]  # fmt: skip
+    ticks = [[text for text in texts(svg) if re.fullmatch(r"[\d,]+", text)] for svg in both]
+    assert ticks[0] == ticks[1]
+    assert all("var(--series-1)" in svg for svg in both)  # fisher, the first of all
 
 
 def test_layer_figures_show_the_worst_layer_the_ranks_and_the_scale() -> None:
@@ -143,9 +172,12 @@ def test_the_page_is_whole_and_leans_on_nothing(tmp_path: Path) -> None:
     assert "@media print" in html
     # What a model says is text, not markup.
     assert "What is &lt;gravity&gt;?" in html
-    assert "A pull &amp; a law." in html
+    assert "<p>A <u>pull &amp; a law.</u></p>" in html
     assert checker.headings == [
         "Before and after",
+        "Needle in a haystack",
+        "Perplexity by position",
+        "Conversion",
         "Answers side by side",
         "Perplexity against cached values",
         "Layers",
@@ -188,12 +220,12 @@ def test_what_a_conversion_does_not_tell_is_left_out(tmp_path: Path) -> None:
 
 def test_the_verdict_says_what_was_saved_what_it_cost_and_whether_it_passed(tmp_path: Path) -> None:
     (verdict,) = verdicts(read_results(folder_with(tmp_path, "convert", "evaluate")))
-    assert verdict.title == "models/original at 50% of its KV cache"
+    assert verdict.title == "models/original at 50\u00a0% of its KV cache"
     assert "caches 192 values per token and layer in place of 384" in verdict.sentence
-    assert "perplexity goes from 14.27 to 16.92 (+18.6 %)" in verdict.sentence
+    assert "perplexity goes from 14.27 to 16.92 (+18.6\u00a0%)" in verdict.sentence
     assert "passed its check" in verdict.sentence
     assert [(value, mood) for value, _, mood in verdict.tiles] == [
-        ("50 %", ""), ("+18.6 %", ""), ("0.193", ""), ("passed", "good"),
+        ("50\u00a0%", ""), ("+18.6\u00a0%", ""), ("0.193", ""), ("passed", "good"),
     ]  # fmt: skip
     failed = conversion() | {"verify": {**conversion()["verify"], "passed": False}}
     write_result(tmp_path / "convert.json", "convert", failed)
@@ -202,73 +234,87 @@ def test_the_verdict_says_what_was_saved_what_it_cost_and_whether_it_passed(tmp_
     assert verdict.tiles[-1][0::2] == ("failed", "bad")
 
 
-def test_tables_show_models_side_by_side_and_methods_best_first() -> None:
+def test_a_verdict_says_no_more_than_was_measured(tmp_path: Path) -> None:
+    """Without a choice convert measures no divergence; and another model's perplexity is not this one's."""
+    body = conversion() | {"held_out_kl": None, "candidates": []}
+    write_result(tmp_path / "convert.json", "convert", body)
+    other = evaluation()
+    other["models"][1]["model"] = "somewhere/else"
+    write_result(tmp_path / "evaluate.json", "evaluate", other)
+    (verdict,) = verdicts(read_results(tmp_path))
+    assert "KL to the original is 0.265 nats per token of its check" in verdict.sentence
+    assert [tile[0] for tile in verdict.tiles] == ["50\u00a0%", "0.265", "passed"]
+    write_result(tmp_path / "convert.json", "convert", body | {"verify": None})
+    (verdict,) = verdicts(read_results(tmp_path))
+    assert "what that costs was not measured. It was not checked." in verdict.sentence
+    assert [tile[0] for tile in verdict.tiles] == ["50\u00a0%", "not checked"]
+
+
+def test_models_stand_side_by_side_with_what_changed() -> None:
     table = before_after(result("evaluate", evaluation()))
-    assert table.columns == ["", "original", "model"]
-    rows = {row[0]: row[1:] for row in table.rows}
-    assert rows["cached values per token and layer"] == ["384", "192"]
-    assert rows["text: perplexity (4,088 tokens in blocks of 512)"] == ["14.27", "16.92"]
-    assert rows["arc_easy: acc, 100 items"] == ["0.55 ± 0.04", "0.55 ± 0.04"]
-    assert rows["text: KL to the original, nats per token"] == ["–", "0.21 ± 0.01"]
+    assert table.columns == ["", "original", "model", "change"]
+    rows = {row[0]: [cell.replace("\u00a0", " ") for cell in row[1:]] for row in table.rows}
+    assert rows["cached values per token and layer"] == ["384", "192", "−50.0 %"]
+    perplexity = rows["text: perplexity (4,088 tokens in blocks of 512)"]
+    assert perplexity == ["14.27", "16.92", "+18.6 ± 1.2 %"]  # 0.01 nats of 1.186
+    assert rows["arc_easy: acc (100 items, guessing 0.25)"] == [
+        "0.550 ± 0.040", "0.550 ± 0.040", "−0.060 ± 0.034",
+    ]  # fmt: skip
+    assert rows["text: KL to the original, nats per token"] == ["–", "0.210 ± 0.010", "–"]
+    assert rows["needle: share found"] == ["0.62 ± 0.10", "0.62 ± 0.10", "0"]
+    assert rows["decode, tokens per second"] == ["21.25", "21.25", "+0.0 %"]
+    three = before_after(result("evaluate", {"models": [*evaluation()["models"], evaluated("x", 96, 20)]}))
+    assert three.columns == ["", "original", "model", "change", "x", "change"]
+    assert {len(row) for row in three.rows} == {6}
+
+
+def test_methods_are_in_order_and_numbers_are_readable() -> None:
     both = [*comparison()["rows"], *comparison(scale=1.1)["rows"]]
     names = [row[:2] for row in methods(both, comparison()["original"]).rows]
     assert names[0][0] == "original"
     assert [row[0] for row in names[1:]] == ["fisher", "fisher", "transmla", "svd"]
-    assert [number(value) for value in (None, True, 1234, 0.123456, 30731.4, [1, 3])] == [
-        "–", "yes", "1,234", "0.1235", "30,731", "1 to 3",
+    values = (None, True, 1234, 0.123456, 30731.4, [1, 3], math.inf, math.nan)
+    assert [number(value) for value in values] == [
+        "–", "yes", "1,234", "0.1235", "30,731", "1 to 3", "∞", "NaN",
     ]  # fmt: skip
 
 
-# Bad input: exit 2, one message, nothing written.
+def test_a_conversion_tells_what_it_chose_among_and_what_loads_it() -> None:
+    converted = result("convert", conversion())
+    table = candidates(converted)
+    assert table is not None
+    assert [row[1:] for row in table.rows] == [["0.1926", "yes"], ["0.25", "no"]]
+    assert candidates(result("convert", conversion() | {"candidates": []})) is None
+    rows = {row[0]: row[1] for row in choices(converted).rows}
+    assert rows["loads in"] == "transformers, llama.cpp"
+    assert rows["not in vllm"] == "tied embeddings"
 
 
-def refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["report", str(folder)]) == 2
-    assert not (folder / "report.html").exists() or MARK not in (folder / "report.html").read_text()
-    return capsys.readouterr().err
+def test_warnings_come_first_and_once(tmp_path: Path) -> None:
+    for name in ("convert", "compare"):
+        write_result(tmp_path / f"{name}.json", name, BODIES[name] | {"warnings": ["few <tokens>"]})
+    html = write_report(tmp_path).read_text()
+    assert checked(html).headings[0] == "Warnings"
+    assert html.count("few &lt;tokens&gt;") == 1
+    assert "compare.json, convert.json" in html
 
 
-def test_a_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--json" in refused(tmp_path, capsys)
-    assert "no such folder" in refused(tmp_path / "missing", capsys)
+def test_results_of_one_command_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_result(tmp_path / f"{name}.json", "evaluate", evaluation())
+        write_result(tmp_path / f"{name}-convert.json", "convert", conversion())
+    headings = checked(write_report(tmp_path).read_text()).headings
+    assert len(headings) == len(set(headings))
+    assert {"Before and after (a)", "Needle in a haystack (b)", "Layers (a-convert)"} <= set(headings)
 
 
-def test_all_json_that_cannot_be_read_is_named_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder_with(tmp_path, "convert")
-    write_result(tmp_path / "new.json", "convert", conversion(), version=2)
-    (tmp_path / "other.json").write_text('{"name": "something"}')
-    (tmp_path / "list.json").write_text("[1]")
-    (tmp_path / "cut.json").write_text(json.dumps(conversion())[:500])
-    write_result(tmp_path / "lacks.json", "compare", {"rows": []})
-    said = refused(tmp_path, capsys)
-    assert "new.json: its format is 'care-mla/convert/2', and this version reads 'care-mla/convert/1'" in said
-    assert "other.json: its format is None" in said
-    assert "list.json" in said
-    assert "cut.json: it is not JSON, or is cut off" in said
-    assert "lacks.json: it says 'care-mla/compare/1', but lacks original, text" in said
-    assert "convert.json:" not in said.replace("new.json", "")
-
-
-def test_a_page_of_somebody_else_stays_and_ours_is_replaced(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder_with(tmp_path, "verify")
-    (tmp_path / "report.html").write_text("<p>my own notes")
-    assert "report.html exists, and care report did not write it" in refused(tmp_path, capsys)
-    assert (tmp_path / "report.html").read_text() == "<p>my own notes"
-    (tmp_path / "report.html").write_text(f"{MARK}<p>old")
-    assert main(["report", str(tmp_path)]) == 0
-    assert "Report: " in capsys.readouterr().out
-    assert "<p>old" not in (tmp_path / "report.html").read_text()
-    (tmp_path / "report.html").unlink()
-    (tmp_path / "report.html").mkdir()
-    with pytest.raises(ReportError, match="did not write it"):
-        write_report(tmp_path)
-
-
-def test_named_files_alone_are_read(tmp_path: Path) -> None:
-    folder_with(tmp_path, "verify", "heal")
-    (tmp_path / "other.json").write_text("{}")
-    assert "Healing" not in write_report(tmp_path, ["verify.json"]).read_text()
+def test_answers_are_underlined_from_where_they_part(tmp_path: Path) -> None:
+    texts = ["One two\nthree.", "One two\nfour.", "One two", "One two\nthree. More"]
+    models = [{"model": str(i), "text": text} for i, text in enumerate(texts)]
+    write_result(tmp_path / "g.json", "generate", {"prompt": "?", "models": models})
+    html = write_report(tmp_path).read_text()
+    shown = re.findall(r"<blockquote><h3>.*</h3><p>([^§]*?)</p></blockquote>", html)
+    assert shown == [
+        "One two\nthree.", "One two\n<u>four.</u>", "One two", "One two\nthree. <u>More</u>",
+    ]  # fmt: skip
+    assert "Underlined" in html

@@ -27,6 +27,7 @@ COMMANDS = {
     "heal": "train a converted model back towards its original",
     "export": "write a converted model again for another engine: deepseek-v2, gguf, …",
     "verify": "reload a converted model and compare it with its stored reference",
+    "bench": "speed and memory of models side by side, or of a conversion",
     "report": "one HTML page about every result in a folder",
     "demo": "convert and check a small built-in model, offline, in minutes",
 }

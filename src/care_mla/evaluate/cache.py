@@ -27,7 +27,7 @@ def live_cache(model: PreTrainedModel) -> LiveCache:
     cache = DynamicCache(config=model.config)
     tokens_1L = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
     model(tokens_1L, use_cache=True, logits_to_keep=1, **{cache_argument(model): cache})
-    held = [tensor for layer in cache.layers for tensor in _tensors(layer)]
+    held = [tensor for layer in cache.layers for tensor in cached_tensors(layer)]
     # The last but one dimension counts tokens: of a sliding window only the last ones.
     values = sum(tensor.numel() // tensor.shape[-2] for tensor in held) / len(cache.layers)
     nbytes = sum(tensor.numel() * tensor.element_size() // tensor.shape[-2] for tensor in held)
@@ -35,5 +35,6 @@ def live_cache(model: PreTrainedModel) -> LiveCache:
     return LiveCache(int(values) if values.is_integer() else values, nbytes, ", ".join(sorted(dtypes)))
 
 
-def _tensors(layer: Any) -> list[Tensor]:
+def cached_tensors(layer: Any) -> list[Tensor]:
+    """What a layer of a live cache holds for its tokens."""
     return [value for value in vars(layer).values() if isinstance(value, Tensor) and value.ndim == 4]

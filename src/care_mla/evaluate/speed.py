@@ -2,7 +2,7 @@
 
 Every model of a run is timed on the same tokens, device and threads. An engine's kernels give other figures.
 """
-# Shapes: L positions.
+# Shapes: B sequences, L positions.
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from care_mla.calibrate.sample import cache_argument
@@ -19,7 +20,6 @@ from care_mla.calibrate.sample import cache_argument
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 16, 3
 
 
-@torch.no_grad()
 def speed(model: PreTrainedModel, *, max_length: int, advance: Callable[[], None]) -> dict[str, Any]:
     """Time a prompt (prefill) and tokens after it one by one (decode); medians over repetitions.
 
@@ -30,17 +30,11 @@ def speed(model: PreTrainedModel, *, max_length: int, advance: Callable[[], None
     device = next(model.parameters()).device
     length = min(PROMPT_TOKENS, max_length - NEW_TOKENS)
     tokens_1L = torch.arange(length, device=device)[None] % model.config.vocab_size
-    prefill, decode = [], []
+    times = []
     for _ in range(REPEATS):
-        cached = {cache_argument(model): DynamicCache(config=model.config)}
-        start = _now(device)
-        model(tokens_1L, use_cache=True, logits_to_keep=1, **cached)
-        begin = _now(device)
-        for _ in range(NEW_TOKENS):
-            model(tokens_1L[:, -1:], use_cache=True, **cached)
-        prefill.append(begin - start)
-        decode.append(_now(device) - begin)
+        times.append(time_tokens(model, tokens_1L, NEW_TOKENS))
         advance()
+    prefill, decode = zip(*times, strict=True)
     return {
         "prefill_tokens_per_second": length / median(prefill),
         "decode_tokens_per_second": NEW_TOKENS / median(decode),
@@ -50,6 +44,18 @@ def speed(model: PreTrainedModel, *, max_length: int, advance: Callable[[], None
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
+
+
+@torch.no_grad()
+def time_tokens(model: PreTrainedModel, tokens_BL: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of a prompt, and of tokens after it one by one."""
+    cached = {cache_argument(model): DynamicCache(config=model.config)}
+    start = _now(tokens_BL.device)
+    model(tokens_BL, use_cache=True, logits_to_keep=1, **cached)
+    begin = _now(tokens_BL.device)
+    for _ in range(new_tokens):
+        model(tokens_BL[:, -1:], use_cache=True, **cached)
+    return begin - start, _now(tokens_BL.device) - begin
 
 
 def _now(device: torch.device) -> float:

@@ -48,6 +48,7 @@ def healing_figure(
 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     with rc_context(SVG):
         figure = Figure(figsize=size, layout="constrained")
@@ -63,12 +64,14 @@ def healing_figure(
             label = name or "held-out text"
             axes.plot(*zip(*points, strict=True), color=colour, linestyle=style, marker=".", label=label)
         axes.set_xlabel("tokens trained on")
-        axes.set_ylabel("KL(original || healed), nats per token")
+        axes.set_ylabel("KL to the original, nats per token")
         axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         # Plain numbers: powers of ten are several pieces of text, which fall apart in another font.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter("{x:.3g}")
-        axes.yaxis.set_minor_formatter("{x:.2g}")
-        axes.grid(visible=True, which="both", linewidth=0.3)
+        axes.grid(visible=True, linewidth=0.3)
         if show_losses:
             axes.plot([], [], color=COLOURS[0], alpha=0.4, linewidth=0.7, label="text trained on")
         figure.legend(loc="outside upper center", ncols=4, frameon=False)

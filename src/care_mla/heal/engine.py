@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from care_mla.errors import OptionError
+from care_mla.heal.attention_outputs import AttentionOutputs, relative_difference
 from care_mla.heal.loss import Losses, LossWeights, distillation_loss, loss_of_chunk
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Distiller(nn.Module):
         teacher: frozen; of the same vocabulary, and of the same sizes where hidden states are compared.
         weights: of the loss.
         hidden_states: weight of the relative squared difference of the residual streams, mean over layers.
+        attention_outputs: likewise of what each layer's attention gives.
     """
 
     def __init__(
@@ -42,10 +44,13 @@ class Distiller(nn.Module):
         teacher: PreTrainedModel,
         weights: LossWeights,
         hidden_states: float = 0.0,
+        attention_outputs: float = 0.0,
     ) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher.requires_grad_(False)
         self.weights, self.hidden_states = weights, hidden_states
+        self.attention_outputs = attention_outputs
+        self.kept = [AttentionOutputs(model) for model in (student, teacher) if attention_outputs > 0]
         self.chunk_loss: Callable[..., tuple[Tensor, Tensor, Tensor]] = loss_of_chunk
 
     def train(self, mode: bool = True) -> Distiller:
@@ -76,19 +81,15 @@ class Distiller(nn.Module):
         if self.hidden_states > 0:
             apart = stream_difference(learnt.hidden_states, taught.hidden_states)
             losses = losses._replace(total=losses.total + self.hidden_states * apart)
+        if self.attention_outputs > 0:
+            apart = relative_difference(*(kept.take() for kept in self.kept))
+            losses = losses._replace(total=losses.total + self.attention_outputs * apart)
         return losses
 
 
 def stream_difference(learnt: tuple[Tensor, ...], taught: tuple[Tensor, ...]) -> Tensor:
-    """Mean over tokens and layers of |student - teacher|^2 / |teacher|^2.
-
-    Relative for each token, since a few tokens have a stream that is a hundred times as large.
-    """
-    ratios = [
-        (a.float() - b.float()).square().sum(-1) / b.float().square().sum(-1).clamp_min(1e-12)
-        for a, b in zip(learnt[1:], taught[1:], strict=True)
-    ]
-    return torch.stack([ratio.mean() for ratio in ratios]).mean()
+    """The relative difference of the residual streams after every layer; the first entry is the embedding."""
+    return relative_difference(learnt[1:], taught[1:])
 
 
 def make_accelerator(config: HealConfig, logging_folder: Path) -> Accelerator:
@@ -154,12 +155,22 @@ def place(distiller: Distiller, accelerator: Accelerator, config: HealConfig) ->
 
 
 def compile_parts(distiller: Distiller) -> None:
-    """Compile every layer and the loss: one compilation serves all layers that have the same sizes."""
-    layers = (*distiller.student.model.layers, *distiller.teacher.model.layers)
-    # Of both models, in training and measuring, and for every rank that layers differ by.
-    torch._dynamo.config.recompile_limit = max(64, 4 * len(layers))
-    for layer in layers:
-        layer.compile()
+    """Compile every layer and the loss: one compilation serves all layers that have the same sizes.
+
+    Where ranks differ by layer, each would want one of its own, for minutes: there the student's attention
+    stays as it is.
+    """
+    student, teacher = distiller.student, distiller.teacher
+    parts: list[nn.Module] = [*teacher.model.layers]
+    for layer in student.model.layers:
+        if len(set(student.config.kv_lora_rank)) == 1:
+            parts.append(layer)
+        else:
+            parts += [part for name, part in layer.named_children() if name != "self_attn"]
+    # Of both models, in training and measuring.
+    torch._dynamo.config.recompile_limit = max(64, 4 * len(parts))
+    for part in parts:
+        part.compile()
     distiller.chunk_loss = torch.compile(loss_of_chunk)
 
 

@@ -70,17 +70,21 @@ def rows_of_chunk(tokens: int, vocab_size: int, device_type: str) -> int:
 
 
 def loss_of_chunk(
-    logits_CS: Tensor, teacher_CS: Tensor, labels_C: Tensor, weights: LossWeights
+    logits_CS: Tensor, teacher_CS: Tensor, labels_C: Tensor, weights: LossWeights, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of CE and of KL over the rows, and the gradient of the weighted sum by the student's logits.
+    """Sums of CE and of KL over the rows, and the gradient of the weighted mean by the student's logits.
 
     With p, q the distributions at the temperature tau: d CE / dz = softmax(z) - label and
-    d (tau^2 KL) / dz = tau (q - p).
+    d (tau^2 KL) / dz = tau (q - p). Casts are made here, so that compiled they take no pass over memory of
+    their own.
 
     Args:
-        logits_CS: float32; likewise the teacher's.
+        logits_CS: in any type, which the gradient has too; likewise the teacher's. Sums are float32.
+        tokens: the mean is over so many, those of all chunks.
     """
     tau = weights.temperature
+    dtype = logits_CS.dtype
+    logits_CS, teacher_CS = logits_CS.float(), teacher_CS.float()
     log_p_CS = torch.log_softmax(teacher_CS / tau, dim=-1)
     log_q_CS = torch.log_softmax(logits_CS / tau, dim=-1)
     p_CS, q_CS = log_p_CS.exp(), log_q_CS.exp()
@@ -94,7 +98,7 @@ def loss_of_chunk(
         gradient_CS = gradient_CS + weights.cross_entropy * softmax_CS.scatter_add(
             1, labels_C[:, None], -ones_C1
         )
-    return cross_entropy, kl, gradient_CS
+    return cross_entropy, kl, (gradient_CS / tokens).to(dtype)
 
 
 class _Distillation(torch.autograd.Function):
@@ -125,14 +129,13 @@ class _Distillation(torch.autograd.Function):
                 chunk = slice(start, start + rows)
                 states_CD = student_TD[chunk]
                 cross_entropy, kl, gradient_CS = chunk_loss(
-                    (states_CD @ head_SD.T).float(),
-                    (teacher_TD[chunk] @ head_of_teacher_SD.T).float(),
+                    states_CD @ head_SD.T,
+                    teacher_TD[chunk] @ head_of_teacher_SD.T,
                     labels_T[chunk].clone(),  # of its own: torch.compile tells offsets into one tensor apart
                     weights,
+                    count,
                 )
                 sums_2 += torch.stack((cross_entropy, kl))
-                if grad_TD is not None or grad_SD is not None:
-                    gradient_CS = (gradient_CS / count).to(states_CD.dtype)
                 if grad_TD is not None:
                     grad_TD[chunk] = gradient_CS @ head_SD
                 if grad_SD is not None:

@@ -106,6 +106,13 @@ def memory_plan(
     activations = (
         in_layer + layers * facts.hidden_size if config.gradient_checkpointing else layers * in_layer
     )
+    # Terms on hidden states or attention's outputs hold those of all layers, of both models.
+    activations += (
+        2
+        * layers
+        * facts.hidden_size
+        * sum(weight > 0 for weight in (config.hidden_states, config.attention_outputs))
+    )
     rows = rows_of_chunk(tokens, facts.vocab_size, "cuda" if on_gpu else "cpu")
     memory = {
         "weights of both models": held // shards,

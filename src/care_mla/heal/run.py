@@ -157,7 +157,8 @@ def _train(
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     teacher = load_model(opened.teacher, device=torch.device("cpu"), dtype=dtype)
     weights = LossWeights(config.cross_entropy, config.beta, config.temperature)
-    model = place(Distiller(student, teacher, weights, config.hidden_states), accelerator, config)
+    distiller = Distiller(student, teacher, weights, config.hidden_states, config.attention_outputs)
+    model = place(distiller, accelerator, config)
     accelerator.init_trackers("care-heal")
     state = train(model, blocks, config, accelerator, checkpoints, sizes)
     device = accelerator.device

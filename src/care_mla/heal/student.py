@@ -100,9 +100,8 @@ class StudentFolder(ConvertedFolder):
         if self.is_own:
             config = getattr(configuration, class_names(self.facts)[0]).from_dict(dict(self.config))
         else:
-            layer = self.latent_layer(0)
-            config = latent_config(self.training_facts, [layer] * self.facts.num_hidden_layers)
-            config.num_key_value_heads = len(layer.up_v_GHR)
+            layers = [self.latent_layer(0)] * self.facts.num_hidden_layers
+            config = latent_config(self.training_facts, layers)
         config.use_cache = False
         for name in NOISE:
             if hasattr(config, name):

@@ -224,15 +224,16 @@ class Sampling:
 
 
 def sampled_together(source: Source, length: int, device: torch.device) -> int:
-    """Sequences whose keys and values fit: in half of a GPU, or in what the plan allows on a CPU.
+    """Sequences that fit with keys, values and logits: half of a GPU, or what the plan allows on a CPU.
 
-    A step of a small model takes a GPU as long for two thousand sequences as for one.
+    A step of a small model takes a GPU about as long for thousands of sequences as for one.
     """
     facts = source.facts
     is_cuda = device.type == "cuda"
     room = torch.cuda.get_device_properties(device).total_memory // 2 if is_cuda else SAMPLING_CACHE_BYTES
     cache_bytes = length * facts.num_hidden_layers * facts.cached_values * (2 if is_cuda else 4)
-    return max(1, min(room // cache_bytes, 2048 if is_cuda else 256))
+    logit_bytes = 4 * 4 * facts.vocab_size  # float32, four times while one token is drawn
+    return max(1, min(room // (cache_bytes + logit_bytes), 8192 if is_cuda else 256))
 
 
 def sample_text(

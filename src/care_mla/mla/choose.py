@@ -35,6 +35,7 @@ class Choice:
 
     `held_out_kl` is what was measured of it, `table_kl` and `bias_kl` of the best conversions with either
     RoPE table, and of this one with biases kept and absorbed; None where there was nothing to decide.
+    `candidates_kl` is everything that it was measured beside, by label.
     """
 
     variant: Variant
@@ -43,6 +44,7 @@ class Choice:
     held_out_kl: float | None = field(default=None, compare=False)
     table_kl: dict[str, float] | None = field(default=None, compare=False)
     bias_kl: dict[str, float] | None = field(default=None, compare=False)
+    candidates_kl: dict[str, float] | None = field(default=None, compare=False)
 
     @property
     def kv_lora_rank(self) -> int | list[int]:
@@ -184,4 +186,10 @@ def _best(group: Sequence[Choice], beside: Sequence[Choice], kl: Mapping[str, fl
     if best.variant.absorbs_biases:
         kept = replace(best, variant=replace(best.variant, absorbs_biases=False))
         bias_kl = {"keep": kl[kept.label], "absorb": kl[best.label]}
-    return replace(best, held_out_kl=kl[best.label], table_kl=table_kl or None, bias_kl=bias_kl)
+    return replace(
+        best,
+        held_out_kl=kl[best.label],
+        table_kl=table_kl or None,
+        bias_kl=bias_kl,
+        candidates_kl={choice.label: kl[choice.label] for choice in beside},
+    )

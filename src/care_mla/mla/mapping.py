@@ -40,6 +40,7 @@ class LatentDims:
     """Everything about one layer that the configuration holds; only the rank may differ between layers."""
 
     latent_form: Form
+    num_key_value_heads: int
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -58,6 +59,7 @@ class LatentDims:
             qk_norm = "head" if len(layer.q_norm_XH) == 1 else "full"
         return cls(
             latent_form=layer.form,
+            num_key_value_heads=len(layer.up_v_GHR),
             kv_lora_rank=layer.kv_lora_rank,
             qk_nope_head_dim=layer.up_k_GMR.shape[1],
             qk_rope_head_dim=layer.qk_rope_head_dim,

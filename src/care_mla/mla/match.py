@@ -28,12 +28,13 @@ from care_mla.calibrate.stream import micro_batches
 from care_mla.device import has_fast_bfloat16
 from care_mla.factors import LatentLayer
 from care_mla.matching_plan import HELD_OUT_SHARE, MATCHING_BATCH_TOKENS
+from care_mla.mla.causal_blocks import CAUSAL_BLOCKS
 from care_mla.mla.divergence import Candidate, stand_in
 from care_mla.mla.mapping import attention_state_dict
 from care_mla.workspace import Workspace, fingerprint, layer_file, read_json, save_tensors, write_json
 
 # Of a step, as a share of the root mean square of the weights that it moves; falls linearly to 0.
-LEARNING_RATE = 0.003
+LEARNING_RATE = 0.005
 BETAS = (0.9, 0.95)
 # What a weight's scale is taken over; the latent's channels may differ in scale by orders of magnitude.
 SCALE_AXES: dict[str, tuple[int, ...]] = {
@@ -49,11 +50,16 @@ SCALE_AXES: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Matching:
-    """How to match: `steps` of Adam for each layer, in an order of batches that `seed` decides."""
+    """How to match: `steps` of Adam for each layer, in an order of batches that `seed` decides.
+
+    With `heads_apart` the query heads of a KV head part in the up-projections, for classes that have rows for
+    each of them anyway: more to train, and no cached value more.
+    """
 
     steps: int
     seed: int
     learning_rate: float = LEARNING_RATE
+    heads_apart: bool = False
 
 
 class Streams(NamedTuple):
@@ -157,6 +163,8 @@ def match_layer(
     """
     original = layer.self_attn
     latent = latent.to(stack.device, torch.float32)
+    if matching.heads_apart:
+        latent = latent.with_heads_apart()
     if latent.o_weight_DO is None:
         latent = replace(latent, o_weight_DO=original.o_proj.weight.detach())
     num_held_out = -(-len(x_BLD) // HELD_OUT_SHARE)
@@ -175,7 +183,10 @@ def match_layer(
 
     with without(layer, "mlp"):
         before = error(latent)
-        moving = Moving(stand_in(stack, layer_idx, latent, original), weights)
+        trained: Any = stand_in(stack, layer_idx, latent, original)
+        if stack.device.type == "cpu":
+            trained.config._attn_implementation = CAUSAL_BLOCKS
+        moving = Moving(trained, weights)
         optimizer = torch.optim.Adam(weights.moves.values(), betas=BETAS, fused=True)
         order = batch_order(max(1, len(x_BLD) - num_held_out), x_BLD.shape[1], matching, layer_idx)
         for step, rows in enumerate(order):

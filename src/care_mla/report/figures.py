@@ -34,9 +34,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 VARIABLES = {INK: "--ink", GRID: "--grid", PAPER: "--paper", "#000000": "--ink", "#ffffff": "--paper"} | {
     colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)
 }
+DASHES = ("-", "--", ":")
+# Times the original's perplexity: methods above are named at the top of the picture, so that those that keep
+# the model usable can be told apart.
+OFF_SCALE = 12
 HEAT = "cividis"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name with two dollars is no formula
     "font.size": 9.5,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -79,7 +84,12 @@ def _svg(name: str, figure: Figure) -> Svg:
 
 
 def inline(name: str, svg: str) -> Svg:
-    """A file of matplotlib as a part of a page: no addresses, ids of its own, the page's colours and font."""
+    """A file of matplotlib as a part of a page: no addresses, ids of its own, the page's colours and font.
+
+    Args:
+        name: begins the ids; names of files and forms go into it, and what is no id is spelt as one.
+    """
+    name = re.sub(r"[^A-Za-z0-9-]", lambda found: f"_{ord(found[0]):x}_", name)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
@@ -98,68 +108,105 @@ def inline(name: str, svg: str) -> Svg:
     )
 
 
-def pareto(name: str, rows: Sequence[Mapping[str, Any]], original: Mapping[str, Any]) -> Svg:
+def pareto(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    original: Mapping[str, Any],
+    beside: Sequence[Mapping[str, Any]] = (),
+) -> Svg:
     """Perplexity against cached values, a line for each method, with the original's as a level.
 
     Args:
         rows: with method, cached_values and perplexity; those of one method and size are seeds, shown as
             their mean, and from the least to the most as a bar.
+        beside: the rows of all pictures that are to have the same scales, and the same style for a method.
     """
-    groups: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        groups.setdefault(row["method"], {}).setdefault(row["cached_values"], []).append(row["perplexity"])
-    lines = {
-        method: [(x, sum(v) / len(v), min(v), max(v)) for x, v in sorted(sizes.items())]
-        for method, sizes in groups.items()
-    }
-    ends = {method: points[-1] for method, points in lines.items()}
-    order = sorted(lines, key=lambda method: ends[method][1])
-    with _drawing(3.4) as (figure, axes):
+    beside = beside or rows
+    level = original["perplexity"]
+    lines = _lines(rows)
+    styles = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in beside))}
+    shown = [row["perplexity"] for row in beside if row["perplexity"] <= OFF_SCALE * level]
+    low, high = level / 1.25, max([*shown, 2 * level]) * 1.2
+    sizes = sorted({row["cached_values"] for row in beside})
+    left, right = sizes[0], sizes[-1]
+    span = (right - left) or 0.2 * right
+    labels: list[tuple[float, str, float | None]] = [(level, f"original {number(level)}", right)]
+    above: list[tuple[float, str]] = []
+    with _drawing(3.6) as (figure, axes):
         axes.set_yscale("log")
-        for i, method in enumerate(order):
-            x, y, low, high = zip(*lines[method], strict=True)
-            bars = [
-                [a - b for a, b in zip(y, low, strict=True)],
-                [b - a for a, b in zip(y, high, strict=True)],
-            ]
-            axes.errorbar(
-                x, y, yerr=bars, color=SERIES[i % len(SERIES)], marker=MARKERS[i % len(MARKERS)],
-                markersize=4.5, linewidth=1.2, elinewidth=1, capsize=2,
-            )  # fmt: skip
-        level = original["perplexity"]
-        sizes = sorted({row["cached_values"] for row in rows})
-        left, right = sizes[0], sizes[-1]
-        span = (right - left) or 0.2 * right
+        axes.set_ylim(low, high)
         axes.set_xlim(left - 0.12 * span, right + 0.95 * span)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axes.hlines(level, left - 0.12 * span, right, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        highest = max(row["perplexity"] for row in rows)
-        axes.set_ylim(level / 1.7, highest * 1.3)
-        labels = {f"original {number(level)}": level}
-        labels |= {f"{method} {number(ends[method][1])}": ends[method][1] for method in order}
-        _labels(axes, right + 0.3 * span, right, labels)
+        for method, points in lines.items():
+            _method_line(axes, points, styles[method])
+            x, mean, *_ = points[-1]
+            if mean <= high:
+                labels.append((mean, f"{method} {number(mean)}", x))
+            else:
+                above.append((mean, f"{method} {number(mean)} ↑"))
+        # Those above are at the top in their order.
+        labels = [*sorted(labels), *((high, text, None) for _, text in sorted(above))]
+        _labels(axes, right + 0.3 * span, labels)
         axes.set_xlabel(f"cached values per token and layer (original: {original['cached_values']:,})")
         axes.set_ylabel("perplexity")
         _plain_log_ticks(axes)
         return _svg(name, figure)
 
 
-def _labels(axes: Axes, x: float, from_x: float, labels: Mapping[str, float]) -> None:
-    """Names to the right of the points that they belong to, moved apart where they would cover each other."""
+def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float, float, float]]]:
+    """By method, for each size: cached values; mean, least and most of its perplexities."""
+    groups: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], {}).setdefault(row["cached_values"], []).append(row["perplexity"])
+    return {
+        method: [(x, sum(v) / len(v), min(v), max(v)) for x, v in sorted(sizes.items())]
+        for method, sizes in groups.items()
+    }
+
+
+def _method_line(axes: Axes, points: Sequence[tuple[float, float, float, float]], style: int) -> None:
+    drawn = [point for point in points if all(map(math.isfinite, point))]
+    if not drawn:
+        return
+    x, y, low, high = zip(*drawn, strict=True)
+    bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+    axes.errorbar(
+        x, y, yerr=bars, color=SERIES[style % len(SERIES)], marker=MARKERS[style % len(MARKERS)],
+        linestyle=DASHES[style // len(SERIES) % len(DASHES)], markersize=4.5, linewidth=1.2, elinewidth=1,
+        capsize=2,
+    )  # fmt: skip
+
+
+def _labels(axes: Axes, x: float, labels: Sequence[tuple[float, str, float | None]]) -> None:
+    """Names to the right of the points that they belong to, moved apart where they would cover each other.
+
+    Args:
+        labels: the point's y, its name, and its x, None for one that is not drawn; lowest first.
+    """
     low, high = (math.log(limit) for limit in axes.get_ylim())
-    step = (high - low) / max(13, len(labels) + 1)
-    places = [math.log(value) for value in labels.values()]
-    for _ in range(200):
-        for i in range(len(places) - 1):
-            overlap = step - (places[i + 1] - places[i])
-            if overlap > 0:
-                places[i] = max(places[i] - overlap / 2, low + step / 2)
-                places[i + 1] = places[i] + step
-    for (text, value), place in zip(labels.items(), places, strict=True):
+    step = (high - low) / max(14, len(labels))
+    # The nearest places in the same order and a step apart: pool what would overlap around its mean.
+    pools: list[list[float]] = []
+    for i, (value, *_) in enumerate(labels):
+        pools.append([math.log(value) - i * step])
+        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    places = [_mean(pool) for pool in pools for _ in pool]
+    highest = high - (len(labels) - 0.5) * step
+    for i, ((value, text, from_x), place) in enumerate(zip(labels, places, strict=True)):
+        place = math.exp(min(max(place, low + step / 2), highest) + i * step)
+        if from_x is None:
+            axes.text(x, place, text, va="center", fontsize=9)
+            continue
         axes.annotate(
-            text, (from_x, value), (x, math.exp(place)), va="center", fontsize=9, annotation_clip=False,
+            text, (from_x, value), (x, place), va="center", fontsize=9, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4},
         )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _plain_log_ticks(axes: Axes) -> None:
@@ -317,7 +364,8 @@ def by_position(name: str, models: Mapping[str, Sequence[Mapping[str, Any]]]) ->
                       marker=MARKERS[i % len(MARKERS)], markersize=4, label=model)  # fmt: skip
         axes.set_xlabel("position in the text, tokens")
         axes.set_ylabel("perplexity")
-        axes.legend()
+        # Above the picture: names may be long.
+        figure.legend(loc="outside upper left", ncols=2 if max(map(len, models)) <= 22 else 1)
         return _svg(name, figure)
 
 

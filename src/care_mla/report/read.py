@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from care_mla.errors import CareError
+from care_mla.report.shapes import faults
 
 VERSION = 1
-# What the page needs of a result; a command that is not named here is shown as far as it goes.
-REQUIRED = {
-    "convert": ("cached_values", "kv_lora_rank", "qk_rope_head_dim", "form", "output", "layers"),
-    "compare": ("original", "rows", "text"),
-    "evaluate": ("models",),
-    "heal": ("steps", "measurements", "tokens_per_step", "held_out"),
-    "verify": ("engine", "relative_error", "passed"),
-    "generate": ("prompt", "models"),
-}
+MOST_FAULTS = 3  # of one file, that a message tells
 FORMAT = re.compile(r"care-mla/(?P<command>[a-z][a-z-]*)/(?P<version>\d+)")
 
 
@@ -108,6 +101,8 @@ def _read(path: Path) -> Result | str:
     """The result in a file, or what is wrong with it."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         return f"it is not JSON, or is cut off ({error})"
     said = body.get("format") if isinstance(body, dict) else None
@@ -116,8 +111,9 @@ def _read(path: Path) -> Result | str:
         return f"its format is {said!r}, and results of care say 'care-mla/COMMAND/{VERSION}'"
     if int(match["version"]) != VERSION:
         return f"its format is {said!r}, and this version reads 'care-mla/{match['command']}/{VERSION}'"
-    if missing := [key for key in REQUIRED.get(match["command"], ()) if key not in body]:
-        return f"it says {said!r}, but lacks {', '.join(missing)}"
+    if found := faults(match["command"], body):
+        more = f", and {len(found) - MOST_FAULTS} more" if len(found) > MOST_FAULTS else ""
+        return f"it says {said!r}, but {', '.join(found[:MOST_FAULTS])}{more}"
     return Result(path=path, command=match["command"], body=body)
 
 

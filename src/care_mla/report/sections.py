@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from care_mla.report import figures, tables
@@ -25,55 +28,90 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quote:
+    """A text as it is; `parted` is the rest of it that differs from the first one."""
+
+    title: str
+    text: str
+    parted: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the page: a line of text, then figures, tables, and texts as they are (title, text)."""
+    """A part of the page: a line of text, then figures, tables, and texts as they are."""
 
     title: str
     text: str = ""
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    quotes: list[tuple[str, str]] = field(default_factory=list)
+    quotes: list[Quote] = field(default_factory=list)
 
 
 def sections(results: Results) -> list[Section]:
     """Everything below the verdict."""
-    found = [
-        *map(_evaluation, results.of("evaluate")),
-        *map(_conversion, [] if results.of("evaluate") else results.of("convert")),
-        *map(_answers, results.of("generate")),
-        *_comparison(results.of("compare")),
-    ]
-    conversions = results.of("convert")
+    evaluations, conversions = results.of("evaluate"), results.of("convert")
+    found = list(_warnings(results))
+    for result in evaluations:
+        found += _evaluation(result, _suffix(result, evaluations))
+    for result in conversions:
+        found += _conversion(result, _suffix(result, conversions), is_measured=bool(evaluations))
+    found += [*map(_answers, results.of("generate")), *_comparison(results.of("compare"))]
     for i, result in enumerate(conversions):
-        suffix = f" ({result.name})" if len(conversions) > 1 else ""
-        found += _layers(f"convert{i}", result, suffix)
-    found += [_healing(f"heal{i}", result) for i, result in enumerate(results.of("heal"))]
+        found += _layers(f"convert{i}", result, _suffix(result, conversions))
+    healings = results.of("heal")
+    found += [_healing(f"heal{i}", result, _suffix(result, healings)) for i, result in enumerate(healings)]
     found += [_other(result) for result in results.all if result.command not in SHOWN]
     found.append(_origin(results))
     return found
 
 
-def _evaluation(result: Result) -> Section:
+def _suffix(result: Result, others: list[Result]) -> str:
+    """Tells results of one command apart."""
+    return f" ({result.name})" if len(others) > 1 else ""
+
+
+def _warnings(results: Results) -> Iterator[Section]:
+    """What the commands warned of, once each, with the files that say so."""
+    files: dict[str, list[str]] = {}
+    for result in results.all:
+        for warning in result.body.get("warnings") or []:
+            files.setdefault(warning, []).append(result.path.name)
+    if files:
+        quotes = [
+            Quote(title=", ".join(dict.fromkeys(names)), text=warning) for warning, names in files.items()
+        ]
+        yield Section(title="Warnings", quotes=quotes)
+
+
+def _evaluation(result: Result, suffix: str) -> Iterator[Section]:
     models = result.body["models"]
     names = tables.short_names(models)
-    drawn = list(_position_figures(result.name, models, names))
-    for kind in ("needle", "passkey"):
-        for i, (model, name) in enumerate(zip(models, names, strict=True)):
-            if found := model.get(kind):
-                svg = figures.heat_map(
-                    f"{result.name}-{kind}{i}",
-                    found["score"],
-                    across="where the number stands, % of the text",
-                    down="tokens",
-                    scale="share found",
-                    ticks_across=[f"{100 * depth:.0f}" for depth in found["depths"]],
-                    ticks_down=[f"{length:,}" for length in found["lengths"]],
-                    values=True,
-                )
-                caption = f"% of numbers repeated exactly, hidden in {found.get('haystack', 'a long text')}."
-                drawn.append(Figure(title=f"{kind.title()}: {name}", svg=svg, caption=caption))
-    text = "Measured in one run, the original first. ± is a standard error."
-    return Section(title="Before and after", text=text, tables=[tables.before_after(result)], figures=drawn)
+    text = "Measured in one run, the original first. ± is a standard error; that of a change is of the same "
+    text += "text or items in both models."
+    yield Section(title=f"Before and after{suffix}", text=text, tables=[tables.before_after(result)])
+    for kind, title in (("needle", "Needle in a haystack"), ("passkey", "Pass keys in short text")):
+        if drawn := list(_searches(result.name, models, names, kind)):
+            yield Section(title=f"{title}{suffix}", figures=drawn)
+    if drawn := list(_position_figures(result.name, models, names)):
+        yield Section(title=f"Perplexity by position{suffix}", figures=drawn)
+
+
+def _searches(name: str, models: list[Mapping[str, Any]], names: list[str], kind: str) -> Iterator[Figure]:
+    """A heat map for each model, side by side."""
+    for i, (model, short) in enumerate(zip(models, names, strict=True)):
+        if found := model.get(kind):
+            svg = figures.heat_map(
+                f"{name}-{kind}{i}",
+                found["score"],
+                across="where the number stands, % of the text",
+                down="tokens",
+                scale="share found",
+                ticks_across=[f"{100 * depth:.0f}" for depth in found["depths"]],
+                ticks_down=[f"{length:,}" for length in found["lengths"]],
+                values=True,
+            )
+            caption = f"% of numbers repeated exactly, hidden in {found.get('haystack', 'a long text')}."
+            yield Figure(title=short, svg=svg, caption=caption)
 
 
 def _position_figures(name: str, models: list[Mapping[str, Any]], names: list[str]) -> Iterator[Figure]:
@@ -84,22 +122,31 @@ def _position_figures(name: str, models: list[Mapping[str, Any]], names: list[st
         }
         if all(len(each) > 1 for each in rows.values()):
             yield Figure(
-                title=f"Perplexity by position: {stem}",
+                title=stem,
                 svg=figures.by_position(f"{name}-position{i}", rows),
                 caption="A conversion that suits short texts alone rises to the right of its original.",
             )
 
 
-def _conversion(result: Result) -> Section:
-    return Section(title="Before and after", tables=[tables.conversion(result)])
+def _conversion(result: Result, suffix: str, *, is_measured: bool) -> Iterator[Section]:
+    if not is_measured:
+        yield Section(title=f"Before and after{suffix}", tables=[tables.conversion(result)])
+    shown = [tables.choices(result), tables.candidates(result)]
+    yield Section(title=f"Conversion{suffix}", tables=[table for table in shown if table])
 
 
 def _answers(result: Result) -> Section:
     models = result.body["models"]
-    quotes = [
-        (name, model["text"].strip()) for name, model in zip(tables.short_names(models), models, strict=True)
-    ]
-    return Section(title="Answers side by side", text=f"Asked: {result.body['prompt']}", quotes=quotes)
+    words = [re.findall(r"\S+\s*", model["text"]) for model in models]
+    quotes = []
+    for name, found in zip(tables.short_names(models), words, strict=True):
+        pairs = zip(found, words[0], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0].strip() == pair[1].strip(), pairs))
+        quotes.append(Quote(title=name, text="".join(found[:same]), parted="".join(found[same:]).strip()))
+    text = f"Asked: {result.body['prompt']}"
+    if any(quote.parted for quote in quotes):
+        text += " (Underlined: from where an answer parts from the first.)"
+    return Section(title="Answers side by side", text=text, quotes=quotes)
 
 
 def _comparison(comparisons: list[Result]) -> Iterator[Section]:
@@ -113,19 +160,32 @@ def _comparison(comparisons: list[Result]) -> Iterator[Section]:
     for i, ((text, tokens, block, _), group) in enumerate(groups.items()):
         original = group[0].body["original"]
         rows = [row for result in group for row in result.body["rows"]]
+        limit = figures.OFF_SCALE * original["perplexity"]
+        forms = list(dict.fromkeys(row["form"] for row in rows))
+        empty = forms if not math.isfinite(limit) else [
+            f for f in forms if not any(r["perplexity"] <= limit for r in rows if r["form"] == f)
+        ]  # fmt: skip
         drawn = [
             Figure(
                 title=f"Form {form}",
-                svg=figures.pareto(f"compare{i}-{form}", [r for r in rows if r["form"] == form], original),
-                caption="Lower is better; further left is smaller. The dashed level is the original."
-                + (" Bars: from the best to the worst seed." if len(group) > 1 else ""),
+                svg=figures.pareto(
+                    f"compare{i}-{form}", [row for row in rows if row["form"] == form], original, rows
+                ),
+                caption="Lower is better; further left is smaller. The dashed level is the original; what "
+                "has an arrow is above the picture. Bars, if any: from the best to the worst seed.",
             )
-            for form in dict.fromkeys(row["form"] for row in rows)
+            for form in forms
+            if form not in empty
         ]
+        more = "".join(
+            f" All perplexities of form {form} are above {limit:,.0f}, so it has no picture."
+            for form in empty
+            if math.isfinite(limit)
+        )
         yield Section(
             title="Perplexity against cached values",
             text=f"Text: {text}, {tokens:,} tokens in blocks of {block:,}. Every method has the same "
-            "calibration, damping and cached values as the others in its run.",
+            f"calibration, damping and cached values as the others in its run.{more}",
             figures=drawn,
             tables=[tables.methods(rows, original)],
         )
@@ -201,32 +261,29 @@ def _rope(name: str, result: Result, suffix: str) -> Iterator[Section]:
     yield Section(title=f"Rotary position embedding{suffix}", figures=drawn)
 
 
-def _healing(name: str, result: Result) -> Section:
+def _healing(name: str, result: Result, suffix: str) -> Section:
     figure = Figure(
         title="Learning curve",
         svg=figures.learning_curve(name, result.body),
         caption="KL to the original, on the text of every step and on held-out text.",
     )
-    return Section(title="Healing", figures=[figure], tables=[tables.healing(result)])
+    return Section(title=f"Healing{suffix}", figures=[figure], tables=[tables.healing(result)])
 
 
 def _other(result: Result) -> Section:
     shown = [table for table in [tables.plain(result.body)] if table.rows]
     rows = result.body.get("rows")
-    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         shown.append(tables.row_table(rows))
     return Section(title=f"care {result.command}: {result.path.name}", tables=shown)
 
 
 def _origin(results: Results) -> Section:
-    shown = [tables.sources(results), tables.checks(results)]
+    shown = [tables.sources(results), tables.versions(results), tables.checks(results)]
     quotes = []
     for result in results.of("convert"):
         shown += [tables.fingerprints(result), tables.stages(result)]
         if recipe := result.body.get("recipe"):
-            quotes.append((f"Recipe: {result.path.name}", recipe.strip()))
-    for result in results.all:
-        if warnings := result.body.get("warnings"):
-            quotes.append((f"Warnings: {result.path.name}", "\n".join(warnings)))
+            quotes.append(Quote(title=f"Recipe: {result.path.name}", text=recipe.strip()))
     text = "The same recipe with the same versions gives the same files."
     return Section(title="Recipe, versions, hashes", text=text, tables=[t for t in shown if t], quotes=quotes)

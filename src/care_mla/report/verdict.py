@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from care_mla.report.read import Result, Results
-from care_mla.report.tables import number
+from care_mla.report.tables import HARD, divergences, number, percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,52 +34,78 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def _converted(result: Result, results: Results) -> Verdict:
     body = result.body
-    cached, verify = body["cached_values"], body.get("verify") or {}
-    saved = 1 - cached["converted"] / cached["original"]
+    cached = body["cached_values"]
+    kept = cached["converted"] / cached["original"]
     pair = _measured_pair(result, results)
     name = body.get("model") or (pair[0]["model"] if pair else Path(body["output"]).name)
     what = (
         "Multi-head Latent Attention" if body["form"] == "decoupled" else f"latent attention ({body['form']})"
     )
-    cost = f"KL to the original is {number(body.get('held_out_kl'))} nats per token on held-out text"
-    tiles = [
-        (f"{saved:.0%}".replace("%", " %"), f"of the KV cache saved: {number(cached['original'])} → "
-         f"{number(cached['converted'])} values per token and layer", "")
-    ]  # fmt: skip
-    if pair is not None:
-        stem, before = next(iter(pair[0]["perplexity"].items()), (None, None))
-        if stem is not None and before is not None:
-            after = pair[1]["perplexity"][stem]
-            change = _percent(after["value"] / before["value"] - 1)
-            cost = f"perplexity goes from {before['value']:.4g} to {after['value']:.4g} ({change})"
-            tiles.append((change, f"perplexity: {before['value']:.4g} → {after['value']:.4g} on {stem}, "
-                          f"{before['tokens']:,} tokens", ""))  # fmt: skip
-    tiles.append(
-        (f"{body.get('held_out_kl') or 0:.3f}", "nats per token from the original (KL, held-out text)", "")
+    cost, cost_tiles = _cost(result, pair)
+    check, check_tiles = _check(body.get("verify") or {})
+    saved = (
+        _share(1 - kept),
+        f"of the KV cache saved: {number(cached['original'])} → {number(cached['converted'])} values per "
+        "token and layer",
+        "",
     )
-    check = ""
-    if verify:
-        passed = verify["passed"]
-        tiles.append(("passed" if passed else "failed", f"check in {verify['engine']} against an independent "
-                      f"reference: logits differ by {verify['relative_error']:.1g}",
-                      "good" if passed else "bad"))  # fmt: skip
-        check = f" Reloaded in {verify['engine']}, it {'passed' if passed else 'FAILED'} its check."
     sentence = (
         f"{name} turned into {what} caches {number(cached['converted'])} values per token and layer in place "
         f"of {number(cached['original'])}; {cost}.{check}"
     )
     if body.get("needs_healing"):
         sentence += f" It needs healing: {'; '.join(body['needs_healing'])}."
-    return Verdict(title=f"{name} at {1 - saved:.0%} of its KV cache", sentence=sentence, tiles=tiles)
+    title = f"{name} at {_share(kept)} of its KV cache"
+    return Verdict(title=title, sentence=sentence, tiles=[saved, *cost_tiles, *check_tiles])
+
+
+def _cost(
+    result: Result, pair: tuple[Mapping[str, Any], Mapping[str, Any]] | None
+) -> tuple[str, list[tuple[str, str, str]]]:
+    """What the conversion costs, in words and in figures: perplexity where it was measured, and KL."""
+    said, tiles = "", []
+    stem = next(iter(pair[0]["perplexity"]), None) if pair else None
+    if pair and stem is not None:
+        before, after = (model["perplexity"][stem] for model in pair)
+        change = percent(after["value"] / before["value"] - 1)
+        values = f"{number(before['value'])} → {number(after['value'])}"
+        about = f"perplexity: {values} on {stem}, {before['tokens']:,} tokens"
+        said = f"perplexity goes from {values.replace('→', 'to')} ({change})"
+        tiles.append((change, about, ""))
+    if known := divergences(result):
+        text, kl = known[0]
+        said = said or f"KL to the original is {number(kl)} nats per token of {text}"
+        tiles.append((f"{kl:.3f}", f"nats per token of {text} from the original (KL)", ""))
+    return said or "what that costs was not measured", tiles
+
+
+def _check(verify: Mapping[str, Any]) -> tuple[str, list[tuple[str, str, str]]]:
+    """Whether the written model computes what it should, in words and in figures."""
+    if not verify:
+        return " It was not checked.", [("not checked", "care verify tells whether it is whole", "bad")]
+    passed, engine = verify["passed"], verify["engine"]
+    about = (
+        f"check in {engine} against an independent reference: logits differ by {verify['relative_error']:.1g}"
+    )
+    tile = ("passed" if passed else "failed", about, "good" if passed else "bad")
+    return f" Reloaded in {engine}, it {'passed' if passed else 'FAILED'} its check.", [tile]
 
 
 def _measured_pair(result: Result, results: Results) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """Original and converted model as `evaluate` measured them, where a file says so."""
+    """Original and converted model as `evaluate` measured them, if it was these and no others.
+
+    The same folder has other paths in other working directories, so last parts of names are compared, and
+    what is cached besides.
+    """
+    body = result.body
     for evaluation in results.of("evaluate"):
-        first, *others = evaluation.body["models"]
+        original, *others = evaluation.body["models"]
+        if original["cached_values"] != body["cached_values"]["original"]:
+            continue
         for other in others:
-            if other["model"] == result.body["output"] or (len(others) == 1 == len(results.of("convert"))):
-                return first, other
+            same_name = Path(other["model"]).name == Path(body["output"]).name
+            if same_name and other["cached_values"] == body["cached_values"]["converted"]:
+                return original, other
     return None
 
 
@@ -99,12 +125,12 @@ def _evaluated(result: Result) -> Verdict:
 def _compared(result: Result) -> Verdict:
     original, rows = result.body["original"], result.body["rows"]
     best = min(rows, key=lambda row: row["perplexity"])
-    change = _percent(best["perplexity"] / original["perplexity"] - 1)
-    share = best["cached_values"] / original["cached_values"]
+    change = percent(best["perplexity"] / original["perplexity"] - 1)
+    share = _share(best["cached_values"] / original["cached_values"])
     sentence = (
         f"Of {len(rows)} conversions at one budget and from one calibration, {best['method']} in the form "
         f"{best['form']} loses least: perplexity {original['perplexity']:.4g} becomes "
-        f"{best['perplexity']:.4g} ({change}) at {share:.0%} of the cache."
+        f"{best['perplexity']:.4g} ({change}) at {share} of the cache."
     )
     of_original = f"perplexity of the original, {number(original['cached_values'])} cached values"
     of_best = f"{best['method']}, {best['form']}, {number(best['cached_values'])} cached values"
@@ -115,5 +141,5 @@ def _compared(result: Result) -> Verdict:
     return Verdict(title="Methods side by side", sentence=sentence, tiles=tiles)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:+,.1f} %".replace("-", "−")
+def _share(part: float) -> str:
+    return f"{100 * part:.0f}{HARD}%"

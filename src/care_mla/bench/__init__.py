@@ -1,0 +1,1 @@
+"""`care bench`: speed and memory, measured several times."""
