@@ -228,6 +228,9 @@ def test_files_of_another_model_or_of_something_else_are_refused(source: Source,
     save_file({"weights": numbered(4)}, path)
     with pytest.raises(CalibrationError, match="holds no tokens that care heal wrote"):
         read_blocks(path, source, SIZES)
+    save_file({TOKENS: numbered(4)[:0]}, path)
+    with pytest.raises(CalibrationError, match="has no block"):
+        corpora(source, tmp_path, str(path))
 
 
 def test_a_text_called_test_is_warned_of(source: Source, tmp_path: Path) -> None:

@@ -161,9 +161,10 @@ def read_blocks(path: Path, source: Source, sizes: Sizes) -> Tensor:
             f"--data {path} holds no tokens that care heal wrote ({error}). Nothing was written. Give "
             "another text, or sample it again: --data self"
         ) from error
-    if int(blocks_BL.max()) >= source.facts.vocab_size:
+    largest = int(blocks_BL.max()) if blocks_BL.numel() else 0  # no block is refused with those that are too few
+    if largest >= source.facts.vocab_size:
         raise CalibrationError(
-            f"--data {path} holds token {int(blocks_BL.max())}, and {source.name} has "
+            f"--data {path} holds token {largest}, and {source.name} has "
             f"{source.facts.vocab_size} (vocab_size): another model wrote it. Nothing was written."
         )
     is_same = blocks_BL.shape[1] == sizes.sequence_length
