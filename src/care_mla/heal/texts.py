@@ -161,7 +161,7 @@ def read_blocks(path: Path, source: Source, sizes: Sizes) -> Tensor:
             f"--data {path} holds no tokens that care heal wrote ({error}). Nothing was written. Give "
             "another text, or sample it again: --data self"
         ) from error
-    largest = int(blocks_BL.max()) if blocks_BL.numel() else 0  # no block is refused with those that are too few
+    largest = int(blocks_BL.max()) if blocks_BL.numel() else 0  # none is too few, and refused later
     if largest >= source.facts.vocab_size:
         raise CalibrationError(
             f"--data {path} holds token {largest}, and {source.name} has "
