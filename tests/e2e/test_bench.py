@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -106,15 +107,16 @@ def test_more_new_tokens_than_a_model_has_are_refused(converted: Conversion) -> 
     assert "--new-tokens 1024" in done.err
 
 
-def test_memory_goes_to_the_end_of_the_context_and_says_what_it_measured(converted: Conversion) -> None:
+def test_memory_goes_to_the_end_of_the_context_and_says_what_it_measured(
+    converted: Conversion, tmp_path: Path
+) -> None:
     # Of the same last name, in another folder, and with a file that no process may take for a module.
-    other = converted.folder / "elsewhere" / "OUT"
-    other.parent.mkdir(exist_ok=True)
-    other.symlink_to(converted.output)
-    (converted.folder / "random.py").write_text("raise SystemExit('not a module')")
-    done = measured(converted, "memory", "OUT", "elsewhere/OUT", "--context", "1024", "--dtype", "bfloat16")
-    (converted.folder / "random.py").unlink()
-    other.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("OUT", "elsewhere/OUT"):
+        (tmp_path / name).symlink_to(converted.output)
+    (tmp_path / "random.py").write_text("raise SystemExit('not a module')")
+    here = replace(converted, folder=tmp_path)
+    done = measured(here, "memory", "OUT", "elsewhere/OUT", "--context", "1024", "--dtype", "bfloat16")
     assert done.json["dtype"] == "bfloat16"
     assert "elsewhere/OUT" in done.out
     assert "Measured once" in done.out
